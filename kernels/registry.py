@@ -1,0 +1,334 @@
+"""Which implementation runs which operation on which device, and why the others do not.
+
+An *operation* is a name with one eager definition in :mod:`.reference`; an *implementation* is one
+way to compute it, with constraints kept as data, so that the same rules choose a kernel, explain a
+refusal in a node's text and produce test inputs.
+
+Operations (all take plain tensors; ``spec`` is a :class:`~.spec.WeightSpec`):
+
+=================  =====================================================================
+``dequantize``     ``(tensors, spec, dtype) -> weight`` of ``spec.shape``
+``linear_int8``    ``(x, tensors, spec, bias) -> y``, W8A8, symmetric int8 activations
+``linear_uint8``   the same with asymmetric activations
+``linear_fp8``     the same in float8_e4m3fn
+``linear_fp16``    the same in float16 with per-row scales
+=================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+__all__ = [
+    "BACKENDS",
+    "MATMUL_OPERATIONS",
+    "Backend",
+    "Call",
+    "Choice",
+    "Implementation",
+    "NoImplementationError",
+    "Registry",
+    "registry",
+]
+
+MATMUL_OPERATIONS = {
+    "dequantize": "dequantize",
+    "int8": "linear_int8",
+    "uint8": "linear_uint8",
+    "fp8": "linear_fp8",
+    "fp16": "linear_fp16",
+}
+"""Operation behind each resolved ``matmul`` mode."""
+
+
+class NoImplementationError(RuntimeError):
+    """No implementation of an operation applies; the message lists the reason of each."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer asks for: all that constraints may look at.
+
+    Attributes:
+        device: Device type, "cpu", "cuda", "xpu", "mps" ...
+        capability: CUDA compute capability, None elsewhere.
+        dtype: Compute dtype of activations and output.
+        shape: Logical weight shape, ``[N, K]`` for a Linear.
+        format: Name of the number format of the codes.
+        bits: Bits of one code.
+        rowwise: One scale for each output row (or one in all), no groups.
+        symmetric: No zero point and no codebook.
+        plain: Neither low-rank branch nor Hadamard rotation.
+    """
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    format: str
+    bits: int
+    rowwise: bool
+    symmetric: bool
+    plain: bool
+
+
+# ----------------------------------------------------------------------- constraints, as data
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The device type is one of these."""
+
+    types: tuple[str, ...]
+
+    def why_not(self, call: Call) -> str | None:
+        if call.device in self.types:
+            return None
+        return f"needs a {' or '.join(self.types)} device, this is {call.device}"
+
+
+@dataclass(frozen=True)
+class MinCapability:
+    """CUDA compute capability of at least this."""
+
+    major: int
+    minor: int = 0
+
+    def why_not(self, call: Call) -> str | None:
+        if call.capability is not None and call.capability >= (self.major, self.minor):
+            return None
+        have = "none" if call.capability is None else "{}.{}".format(*call.capability)
+        return f"needs compute capability {self.major}.{self.minor}, this device has {have}"
+
+
+@dataclass(frozen=True)
+class IsLinear:
+    """A two-dimensional weight."""
+
+    def why_not(self, call: Call) -> str | None:
+        return None if len(call.shape) == 2 else f"needs a 2-D weight, this one is {call.shape}"
+
+
+@dataclass(frozen=True)
+class MatmulShape:
+    """Both channel counts at least ``minimum`` and divisible by ``factor``."""
+
+    minimum: int = 32
+    factor: int = 16
+
+    def why_not(self, call: Call) -> str | None:
+        if len(call.shape) == 2 and all(
+            n >= self.minimum and n % self.factor == 0 for n in call.shape
+        ):
+            return None
+        return (
+            f"needs channels of at least {self.minimum} divisible by {self.factor}, "
+            f"this weight is {'x'.join(map(str, call.shape))}"
+        )
+
+
+@dataclass(frozen=True)
+class FormatIn:
+    """The codes are of one of these formats."""
+
+    names: tuple[str, ...]
+
+    def why_not(self, call: Call) -> str | None:
+        if call.format in self.names:
+            return None
+        return f"needs {' or '.join(self.names)} codes, these are {call.format}"
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """One scale for a row, no zero point, no codebook, no branch, no rotation."""
+
+    def why_not(self, call: Call) -> str | None:
+        if not call.rowwise:
+            return "needs one scale for each row, this weight is grouped"
+        if not call.symmetric:
+            return "needs symmetric codes, this weight has a zero point or a codebook"
+        if not call.plain:
+            return "cannot carry a low-rank branch or a Hadamard rotation"
+        return None
+
+
+@lru_cache(maxsize=64)
+def _probe(target: str, device: str) -> str | None:
+    return _load(target)(device)
+
+
+def _load(target: str) -> Callable:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module, __package__), name)
+
+
+# ------------------------------------------------------------------------------- the registry
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A family of implementations that a user can force.
+
+    Attributes:
+        name: As the node's ``backend`` input spells it.
+        probe: ``module:function`` that takes a device type and gives None where the backend is
+            usable on this machine, else the reason; empty for what is always usable.
+    """
+
+    name: str
+    probe: str = ""
+
+    def why_not(self, device: str) -> str | None:
+        """None where usable, else the reason."""
+        return _probe(self.probe, device) if self.probe else None
+
+
+BACKENDS = (
+    Backend("reference"),
+    Backend("comfy_kitchen", ".kitchen:why_unavailable"),
+    Backend("triton", ".triton:why_unavailable"),
+    Backend("nunchaku", ".nunchaku:why_unavailable"),
+)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute one operation.
+
+    Attributes:
+        operation: Operation name.
+        backend: Backend it belongs to.
+        target: ``module:function``, imported when first used.
+        priority: The highest that applies is chosen.
+        constraints: Objects with ``why_not(call) -> str | None``.
+    """
+
+    operation: str
+    backend: str
+    target: str
+    priority: int = 0
+    constraints: tuple = ()
+
+    def why_not(self, call: Call) -> str | None:
+        """None where it applies, else the first reason against it."""
+        for constraint in self.constraints:
+            reason = constraint.why_not(call)
+            if reason is not None:
+                return reason
+        backend = next(b for b in BACKENDS if b.name == self.backend)
+        return backend.why_not(call.device)
+
+    def function(self) -> Callable:
+        """The callable itself."""
+        return _load(self.target)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a call and why not the others: ``((name, reason), ...)``."""
+
+    implementation: Implementation
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> str:
+        """One line for a report."""
+        text = f"{self.implementation.operation} by {self.implementation.backend}"
+        for name, reason in self.refused:
+            text += f"; not {name}: {reason}"
+        return text
+
+
+@dataclass
+class Registry:
+    """Operations to implementations; safe to use from several threads."""
+
+    _table: dict[str, list[Implementation]] = field(default_factory=dict)  # {operation: [...]}
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def register(self, implementation: Implementation) -> None:
+        """Add an implementation; the highest priority stands first."""
+        with self._lock:
+            rows = self._table.setdefault(implementation.operation, [])
+            rows.append(implementation)
+            rows.sort(key=lambda row: -row.priority)
+
+    def implementations(self, operation: str) -> tuple[Implementation, ...]:
+        """All implementations of an operation, best first."""
+        with self._lock:
+            return tuple(self._table.get(operation, ()))
+
+    def operations(self) -> tuple[str, ...]:
+        """Names of the operations."""
+        with self._lock:
+            return tuple(sorted(self._table))
+
+    def choose(self, operation: str, call: Call, backend: str = "auto") -> Choice:
+        """The best implementation that applies.
+
+        Args:
+            operation: Operation name.
+            call: What is asked for.
+            backend: "auto", or a backend's name. A forced backend is never left silently: where
+                it has no implementation that applies, the reference stands in and the reason is
+                part of the choice.
+
+        Raises:
+            NoImplementationError: Nothing applies; lists the reason of each.
+        """
+        refused: list[tuple[str, str]] = []
+        rows = self.implementations(operation)
+        if backend not in ("auto", "reference") and all(r.backend != backend for r in rows):
+            refused.append((backend, f"has no {operation}"))
+        for row in rows:
+            if backend not in ("auto", row.backend, "reference") and row.backend != "reference":
+                continue
+            if backend == "reference" and row.backend != "reference":
+                continue
+            reason = row.why_not(call)
+            if reason is None:
+                return Choice(row, tuple(refused))
+            refused.append((row.backend, reason))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused) or "none registered"
+        raise NoImplementationError(f"nothing computes {operation} here ({reasons})")
+
+    def backend_status(self, device: str) -> dict[str, str | None]:
+        """``{backend: None or the reason why it is not usable on this machine}``."""
+        return {b.name: b.why_not(device) for b in BACKENDS}
+
+
+registry = Registry()
+
+_QUANTIZED = (IsLinear(), MatmulShape())
+for _operation, _constraints in (
+    ("dequantize", ()),
+    ("linear_int8", _QUANTIZED),
+    ("linear_uint8", _QUANTIZED),
+    ("linear_fp8", _QUANTIZED),
+    ("linear_fp16", _QUANTIZED),
+):
+    registry.register(
+        Implementation(_operation, "reference", f".reference:{_operation}", 0, _constraints)
+    )
+registry.register(
+    Implementation(
+        "linear_int8",
+        "comfy_kitchen",
+        ".kitchen:linear_int8",
+        20,
+        (
+            OnDevice(("cuda",)),
+            MinCapability(7, 5),
+            IsLinear(),
+            MatmulShape(),
+            FormatIn(("int8",)),
+            Rowwise(),
+        ),
+    )
+)
