@@ -300,7 +300,14 @@ class Registry:
 
     def backend_status(self, device: str) -> dict[str, str | None]:
         """``{backend: None or the reason why it is not usable on this machine}``."""
-        return {b.name: b.why_not(device) for b in BACKENDS}
+        with self._lock:
+            served = {row.backend for rows in self._table.values() for row in rows}
+        return {
+            b.name: b.why_not(device)
+            if b.name in served
+            else "this version of the pack has no kernels for it"
+            for b in BACKENDS
+        }
 
 
 registry = Registry()

@@ -59,7 +59,6 @@ _COMPONENT_FILE = re.compile(rf"(?:{'|'.join(PLAIN_STEMS)})(?:[.-].*)?\.(?:safet
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
-
 def is_shard(name: str) -> bool:
     return _SHARD.fullmatch(name) is not None
 

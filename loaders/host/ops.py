@@ -1,0 +1,272 @@
+"""The operations class that ComfyUI builds a low-bit model from.
+
+A subclass of the host's own mixed-precision operations: whatever is not a composite weight of this
+pack (plain tensors, ComfyUI's own quantized formats) is left to the host. A composite weight is one
+``QuantizedTensor`` in ``weight``; no module registers anything else, because the host pins every
+other parameter in VRAM.
+
+``Linear`` hands the layout's plain tensors to a kernel by itself: dispatch through the tensor
+subclass costs tens of microseconds a call. Convolutions and embeddings take the same weights, and
+dequantize them in their forward.
+"""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+from ...kernels.reference import dequantize_rows
+from ..layouts.composite import FORMAT, LAYOUT, marker, part_tensors
+from ..layouts.dispatch import kernels_of, linear
+
+__all__ = ["make_ops"]
+
+QUANT_ALGOS.setdefault(
+    FORMAT,
+    {
+        "storage_t": torch.uint8,
+        "parameters": {"weight"},
+        "comfy_tensor_layout": LAYOUT,
+        "quantize_input": False,
+    },
+)
+
+
+def _composite(weight) -> bool:
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls == LAYOUT
+
+
+# ------------------------------------------------------------------------------- the operations
+
+
+class _CompositeWeight:
+    """Loading, saving and patching of a module whose weight may be a composite."""
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key = f"{prefix}weight"
+        weight = state_dict.get(key)
+        if not _composite(weight):
+            return super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+        del state_dict[key]
+        state_dict.pop(f"{prefix}comfy_quant", None)
+        expected = self._weight_shape()
+        if expected is not None and tuple(weight.shape) != expected:
+            error_msgs.append(f"{key} is {tuple(weight.shape)}, the model has {expected}")
+            return None
+        self.quant_format, self.layout_type = FORMAT, LAYOUT
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        torch.nn.Module._load_from_state_dict(
+            self,
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+        return None
+
+    def _weight_shape(self) -> tuple[int, ...] | None:
+        weight = getattr(self, "weight", None)
+        return None if weight is None else tuple(weight.shape)
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        if not _composite(getattr(self, "weight", None)):
+            return super().state_dict(
+                *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+            )
+        sd = destination if destination is not None else {}
+        sd.update(self.weight.state_dict(f"{prefix}weight"))
+        if getattr(self, "bias", None) is not None:
+            sd[f"{prefix}bias"] = self.bias
+        sd[f"{prefix}comfy_quant"] = self.comfy_quant
+        return sd
+
+    @property
+    def comfy_quant(self) -> torch.Tensor:
+        """Marker of the layer. ModelMerge asks a module for every name in its state dict."""
+        return marker(self.weight._params.spec)
+
+    # The host asks a module for convert_weight and set_weight and patches plain tensors by itself
+    # where it has none; so these exist just where the weight is a composite.
+
+    @property
+    def convert_weight(self):
+        """Turns the weight into the float one that patches are calculated on."""
+        return _dequantized if _composite(self.weight) else super().convert_weight
+
+    @property
+    def set_weight(self):
+        """Takes a patched float weight."""
+        return self._set_composite if _composite(self.weight) else super().set_weight
+
+    def _set_composite(
+        self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs
+    ):
+        """Round a patched float weight anew in the layer's own format.
+
+        An unchanged weight keeps its codes: the host also sends weights round this way without a
+        patch, and rounding them again would drift.
+        """
+        old = self.weight.detach().to(weight.device)
+        if torch.equal(weight, old.to(weight.dtype).dequantize()):
+            new = old
+        else:
+            new = old.requantize_from_float(
+                weight, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
+            )
+        new = new.to(self.weight.dtype)
+        if return_weight:
+            return new
+        self.weight = torch.nn.Parameter(new, requires_grad=False)
+        return None
+
+    def _apply(self, fn, recurse=True):
+        if _composite(getattr(self, "weight", None)):
+            return comfy.ops._quantized_apply(self, fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def _dequantized(weight, inplace=False, **kwargs):
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
+class _CompositeConv(_CompositeWeight):
+    """A convolution: the host's cast gives the composite, this dequantizes it."""
+
+    def _conv_forward(self, input, weight, bias, *args, **kwargs):
+        return super()._conv_forward(input, _dequantized(weight), bias, *args, **kwargs)
+
+
+def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: str = "auto"):
+    """An operations class for one model.
+
+    Args:
+        compute_dtype: Dtype of activations.
+        matmul: One of ``MATMUL_MODES``; layers that cannot run it dequantize.
+        backend: "auto" or the backend that the user forces.
+    """
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype)
+
+    class LowBitOps(base):
+        """ComfyUI's operations over composite low-bit weights."""
+
+        class Linear(_CompositeWeight, base.Linear):
+            """Linear over ``[N, K]`` composite weights."""
+
+            def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+                super().__init__(in_features, out_features, bias, device, dtype)
+                self._keep_float32 = dtype == torch.float32 != compute_dtype
+
+            def _weight_shape(self):
+                return self._orig_shape
+
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                plain = state_dict.get(f"{prefix}weight")
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                if _composite(getattr(self, "weight", None)):
+                    self._kernels = {}
+                    self._choose(comfy.model_management.get_torch_device(), compute_dtype)
+                if self._keep_float32 and type(plain) is torch.Tensor and plain.is_floating_point():
+                    # The host would cast a layer that its model asked for in float32.
+                    self.weight = torch.nn.Parameter(plain.float(), requires_grad=False)
+
+            @property
+            def weight_scale(self):
+                """Scale of a layer in one of the host's own formats (ModelMerge asks for it)."""
+                return self.weight._params.scale
+
+            def forward(self, input, *args, **kwargs):
+                if not _composite(getattr(self, "weight", None)) or isinstance(
+                    input, QuantizedTensor
+                ):
+                    return super().forward(input, *args, **kwargs)
+                comfy.ops.run_every_op()
+                if self.weight_function or self.bias_function or input.requires_grad:
+                    weight, bias, stream = comfy.ops.cast_bias_weight(
+                        self, input, offloadable=True, compute_dtype=input.dtype
+                    )
+                    if isinstance(weight, QuantizedTensor):
+                        weight = weight.dequantize()
+                    y = torch.nn.functional.linear(input, weight, bias)
+                else:
+                    weight, bias, stream = comfy.ops.cast_bias_weight(
+                        self,
+                        dtype=self.weight.dtype,
+                        device=input.device,
+                        bias_dtype=input.dtype,
+                        offloadable=True,
+                        compute_dtype=input.dtype,
+                        want_requant=True,
+                    )
+                    y = self._multiply(input, weight, bias)
+                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+                return y
+
+            def _multiply(self, input, weight, bias):
+                if not isinstance(weight, QuantizedTensor):
+                    return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+                kernels = self._kernels.get((input.device, input.dtype))
+                if kernels is None:
+                    kernels = self._choose(input.device, input.dtype)
+                return linear(input, weight._qdata, weight._params.spec, bias, kernels)
+
+            @torch.compiler.disable
+            def _choose(self, device, dtype):
+                """Ask the registry, which torch.compile cannot trace, and remember its answer."""
+                spec = self.weight._params.spec
+                self._kernels[device, dtype] = kernels_of(spec, matmul, backend, device, dtype)
+                return self._kernels[device, dtype]
+
+        class Conv1d(_CompositeConv, base.Conv1d):
+            """Conv1d over ``[O, C, k]`` composite weights."""
+
+        class Conv2d(_CompositeConv, base.Conv2d):
+            """Conv2d over ``[O, C, kh, kw]`` composite weights."""
+
+        class Conv3d(_CompositeConv, base.Conv3d):
+            """Conv3d over ``[O, C, kd, kh, kw]`` composite weights."""
+
+        class Embedding(_CompositeWeight, base.Embedding):
+            """Embedding over ``[V, E]`` composite weights; only the looked-up rows are decoded."""
+
+            def _weight_shape(self):
+                return (self.num_embeddings, self.embedding_dim)
+
+            def forward_comfy_cast_weights(self, input, out_dtype=None):
+                if not _composite(self.weight):
+                    return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
+                dtype = out_dtype or self.weight.dtype
+                weight, bias, stream = comfy.ops.cast_bias_weight(
+                    self,
+                    device=input.device,
+                    dtype=self.weight.dtype,
+                    offloadable=True,
+                    want_requant=True,
+                )
+                if isinstance(weight, QuantizedTensor):
+                    spec = weight._params.spec
+                    part = spec.parts[0]
+                    held = part_tensors(weight._qdata, part)
+                    y = dequantize_rows(held, part.weight, input, dtype)
+                else:
+                    y = torch.nn.functional.embedding(input, weight).to(dtype)
+                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+                return y
+
+    return LowBitOps

@@ -1,0 +1,175 @@
+"""A plan's tensors under ComfyUI's names, layer by layer.
+
+Peak memory is the result and one layer: sources stay memory-mapped until their layer is made.
+Equal parts of a fused layer are concatenated exactly; unequal ones (other formats, a low-rank
+branch or scale of their own) keep their form side by side in one composite. Nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.reference import dequantize
+from ..kernels.spec import WeightSpec
+from ..quant.dtypes import get_format
+from ..quant.errors import LowBitError
+from ..quant.weight import QuantizedWeight, concat_rows, swap_halves, take_rows
+from .families import Move, Piece
+from .layouts import composite
+from .plan import Plan
+from .schemes.lowbit import CompositeWeight
+
+__all__ = ["Settings", "translate"]
+
+SCALES = ("scale", "zero_point", "levels")
+NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loader's inputs ask for, as far as it touches the stored form.
+
+    Attributes:
+        dtype: Compute dtype; what the host sees as the dtype of quantized weights.
+        expand: Turn every quantized Linear into dense row-wise int8, branches folded in.
+        scale_dtype: Dtype that scales, zero points and levels are cast to; None leaves them.
+    """
+
+    dtype: torch.dtype
+    expand: bool = False
+    scale_dtype: torch.dtype | None = None
+
+
+def translate(
+    plan: Plan, settings: Settings
+) -> Iterator[tuple[str, torch.Tensor, tuple[str, ...]]]:
+    """Native tensors, one at a time.
+
+    Yields:
+        ``(native key, Tensor or QuantizedTensor, names of the source keys)``.
+
+    Raises:
+        LowBitError: A tensor cannot be read or its parts do not fit together.
+    """
+    for move in plan.moves:
+        try:
+            yield move.native, _made(plan, move, settings), tuple(p.key for p in move.pieces)
+        except LowBitError as error:
+            raise error.located(file=plan.path, layer=move.pieces[0].key) from None
+    for native, tensor in plan.family.extras(set(plan.entries), plan.config).items():
+        yield native, tensor, ()
+
+
+def _made(plan: Plan, move: Move, settings: Settings) -> torch.Tensor:
+    parts = [(piece, plan.entries[piece.key].read()) for piece in move.pieces]
+    if all(isinstance(value, torch.Tensor) for _, value in parts):
+        return _plain(move, [_float_piece(piece, value) for piece, value in parts])
+    if len(parts) == 1 and isinstance(parts[0][1], CompositeWeight):
+        piece, value = parts[0]
+        if piece.rows is None and piece.op is None and not settings.expand:
+            buffer = value.buffer.clone()  # the host may write into it; the file must not change
+            return composite.wrap(buffer, value.spec, settings.dtype)
+    weights = [
+        (piece.key.removesuffix(".weight"), _quantized_piece(piece, value, settings))
+        for piece, value in parts
+    ]
+    wishes = {plan.entries[piece.key].wish for piece, _ in parts}
+    if move.axis == "sum":
+        raise LowBitError(
+            "A quantized layer would have to be added to another one.",
+            found="several quantized tensors for one native tensor",
+            expected="parts that stand side by side",
+            remedy="Please report the checkpoint's name.",
+        )
+    axis = 1 if move.axis == "columns" else 0
+    joined = None
+    if axis == 0 and len(weights) > 1 and len(wishes) == 1:
+        joined = concat_rows([weight for _, weight in weights])
+    if joined is not None:
+        named = [("+".join(name for name, _ in weights), joined, wishes.pop())]
+    else:
+        named = [
+            (name, weight, plan.entries[piece.key].wish)
+            for (name, weight), (piece, _) in zip(weights, parts, strict=True)
+        ]
+    return composite.build(named, settings.dtype, axis)
+
+
+def _plain(move: Move, tensors: list[torch.Tensor]) -> torch.Tensor:
+    if move.axis == "single":
+        return tensors[0]
+    if move.axis == "sum":
+        return torch.stack([t.float() for t in tensors]).sum(0).to(tensors[0].dtype)
+    return torch.cat(tensors, dim=0 if move.axis == "rows" else 1)
+
+
+def _float_piece(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+    if piece.rows is not None:
+        first, count = piece.rows
+        tensor = tensor[first : first + count]
+    if piece.op == "swap_halves":
+        upper, lower = tensor.chunk(2, dim=0)
+        tensor = torch.cat((lower, upper), dim=0)
+    return tensor
+
+
+def _quantized_piece(piece: Piece, value, settings: Settings) -> QuantizedWeight:
+    """One piece in normal form, rows taken and halves swapped."""
+    if isinstance(value, CompositeWeight):
+        weight = value.single()
+        if weight is None and settings.expand:
+            weight = _dense(composite.dequantize(value.buffer, value.spec, torch.float32))
+        if weight is None:
+            raise LowBitError(
+                "A saved layer of several parts cannot be taken apart again.",
+                found=f"{len(value.spec.parts)} parts",
+                expected="a file with ComfyUI's own names",
+                remedy="Load the file as it was saved.",
+            )
+    elif isinstance(value, torch.Tensor):
+        weight = _dense(value)
+    else:
+        weight = value
+    weight.check()
+    if piece.rows is not None:
+        weight = take_rows(weight, *piece.rows)
+    if piece.op == "swap_halves":
+        weight = swap_halves(weight)
+    if settings.expand and len(weight.spec.shape) == 2:
+        weight = _expanded(weight)
+    if settings.scale_dtype is not None:
+        weight = QuantizedWeight(
+            weight.spec,
+            {
+                name: t.to(settings.scale_dtype) if name in SCALES else t
+                for name, t in weight.tensors.items()
+            },
+        )
+    return weight
+
+
+def _dense(tensor: torch.Tensor) -> QuantizedWeight:
+    """An unquantized part of a fused layer (dynamic models leave some)."""
+    name = NATIVE.get(tensor.dtype)
+    if name is None:
+        tensor, name = tensor.to(torch.float32), "float32"
+    shape = tuple(tensor.shape)
+    return QuantizedWeight(
+        WeightSpec(format=get_format(name), shape=shape, code_shape=shape),
+        {"codes": tensor.contiguous()},
+    )
+
+
+def _expanded(weight: QuantizedWeight) -> QuantizedWeight:
+    """Dense int8 with one scale for each row, low-rank branch and rotation folded in.
+
+    The one mode that rounds anew: it is asked for by name, for speed on cards with room.
+    """
+    dense = dequantize(weight.tensors, weight.spec, torch.float32)
+    scale = dense.abs().amax(dim=1, keepdim=True) / 127
+    codes = (dense / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
+    spec = WeightSpec(get_format("int8"), weight.spec.shape, weight.spec.shape)
+    return QuantizedWeight(spec, {"codes": codes.to(torch.int8), "scale": scale})

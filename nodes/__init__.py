@@ -1,0 +1,18 @@
+"""The pack's nodes (ComfyUI V3 schema). No tensor maths and no file parsing here."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .inspect import LowBitInspect
+from .load import LowBitLoadDiffusionModel
+
+__all__ = ["LowBitExtension"]
+
+
+class LowBitExtension(ComfyExtension):
+    """Lists the nodes of this pack for ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node class."""
+        return [LowBitLoadDiffusionModel, LowBitInspect]

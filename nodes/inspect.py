@@ -1,0 +1,76 @@
+"""Inspect Checkpoint."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..loaders.host.api import native_shapes
+from ..loaders.host.devices import device_facts
+from ..loaders.layouts.dispatch import MATMUL_MODES
+from ..loaders.plan import make_plan
+from ..loaders.report import inspect
+from ..quant.errors import LowBitError
+from .checkpoints import diffusion_models, fingerprint, path_of
+
+__all__ = ["LowBitInspect", "Report"]
+
+Report = io.Custom("LOWBIT_REPORT")
+
+
+class LowBitInspect(io.ComfyNode):
+    """What a checkpoint is and how it would run here, from its headers alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LowBitInspect",
+            display_name="Inspect Checkpoint",
+            category="LowBit/reports",
+            description=(
+                "Reads the headers of a checkpoint and tells its scheme, family, formats and "
+                "sizes, which kernel each kind of layer would run on this device and why, and "
+                "whether it fits, streams or is too big. Loads no weights."
+            ),
+            search_aliases=["quantization info", "checkpoint info", "sdnq info", "metadata"],
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=diffusion_models(),
+                    tooltip=(
+                        "A file or a checkpoint folder under models/diffusion_models or "
+                        "models/diffusers."
+                    ),
+                ),
+                io.Combo.Input(
+                    "matmul",
+                    options=list(MATMUL_MODES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The loader's matmul input that the kernels are told for.",
+                ),
+            ],
+            outputs=[
+                Report.Output(tooltip="The facts, for other LowBit nodes."),
+                io.String.Output(display_name="text", tooltip="The same for people."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **_: str) -> str:
+        """Reads again when the file was replaced."""
+        try:
+            return fingerprint(model)
+        except LowBitError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, model: str, matmul: str = "auto") -> io.NodeOutput:
+        """Plan and tell."""
+        plan = make_plan(path_of(model), native_shapes=native_shapes)
+        try:
+            report = inspect(plan, device_facts(), matmul)
+        finally:
+            plan.source.close()
+        return io.NodeOutput(report, report.text, ui=ui.PreviewText(report.text))
