@@ -97,10 +97,19 @@ class _CompositeWeight:
         sd[f"{prefix}comfy_quant"] = self.comfy_quant
         return sd
 
+    # ModelMerge asks a module for every name in its state dict.
+
     @property
     def comfy_quant(self) -> torch.Tensor:
-        """Marker of the layer. ModelMerge asks a module for every name in its state dict."""
-        return marker(self.weight._params.spec)
+        """Marker of the layer."""
+        if _composite(self.weight):
+            return marker(self.weight._params.spec)
+        return _attribute(super().state_dict(), "comfy_quant")
+
+    @property
+    def weight_scale(self) -> torch.Tensor:
+        """Scale of a layer in one of the host's own formats."""
+        return _attribute(super().state_dict(), "weight_scale")
 
     # The host asks a module for convert_weight and set_weight and patches plain tensors by itself
     # where it has none; so these exist just where the weight is a composite.
@@ -140,6 +149,13 @@ class _CompositeWeight:
         if _composite(getattr(self, "weight", None)):
             return comfy.ops._quantized_apply(self, fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _attribute(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """An entry of a state dict as an attribute: absent ones are AttributeErrors."""
+    if name not in state:
+        raise AttributeError(name)
+    return state[name]
 
 
 def _dequantized(weight, inplace=False, **kwargs):
@@ -185,11 +201,6 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                 if self._keep_float32 and type(plain) is torch.Tensor and plain.is_floating_point():
                     # The host would cast a layer that its model asked for in float32.
                     self.weight = torch.nn.Parameter(plain.float(), requires_grad=False)
-
-            @property
-            def weight_scale(self):
-                """Scale of a layer in one of the host's own formats (ModelMerge asks for it)."""
-                return self.weight._params.scale
 
             def forward(self, input, *args, **kwargs):
                 if not _composite(getattr(self, "weight", None)) or isinstance(
@@ -259,13 +270,12 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                     offloadable=True,
                     want_requant=True,
                 )
-                if isinstance(weight, QuantizedTensor):
-                    spec = weight._params.spec
-                    part = spec.parts[0]
-                    held = part_tensors(weight._qdata, part)
-                    y = dequantize_rows(held, part.weight, input, dtype)
+                parts = self.weight._params.spec.parts
+                if isinstance(weight, QuantizedTensor) and len(parts) == 1:
+                    held = part_tensors(weight._qdata, parts[0])
+                    y = dequantize_rows(held, parts[0].weight, input, dtype)
                 else:
-                    y = torch.nn.functional.embedding(input, weight).to(dtype)
+                    y = torch.nn.functional.embedding(input, _dequantized(weight)).to(dtype)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return y
 
