@@ -1,7 +1,7 @@
 """What lies at a path, read from headers alone: one weight file, its shards, or a folder.
 
 Nothing but safetensors headers and small JSON files is read before a tensor is asked for; tensors
-are views of a read-only memory map, so that opening a 30 GB folder costs milliseconds and reading
+are views of a private memory map, so that opening a 30 GB folder costs milliseconds and reading
 it costs no anonymous memory.
 
 | at the path | weights | configs |
@@ -14,6 +14,7 @@ it costs no anonymous memory.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import mmap
@@ -153,8 +154,7 @@ class Source:
                             expected=f"{self._sizes[file]} bytes",
                             remedy="wait until it is written completely, then load it again",
                         )
-                    # Read access, not copy-on-write: that would be charged to the memory limit.
-                    view = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+                    view = memoryview(_mapped(handle.fileno()))
             except OSError as error:
                 raise unreadable(file, error) from error
             self._maps[file] = view
@@ -176,6 +176,18 @@ class Source:
             found = status(file)
             digest.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
         return digest.hexdigest()
+
+
+def _mapped(descriptor: int) -> mmap.mmap:
+    """The whole file in memory; writing into it changes private pages and never the file.
+
+    Where such a mapping is refused (it counts against the memory limit, though nobody writes), or
+    is charged for at once (Windows), it is read-only.
+    """
+    if os.name != "nt":
+        with contextlib.suppress(OSError):
+            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
 def open_source(path: str | Path) -> Source:

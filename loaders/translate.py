@@ -1,6 +1,7 @@
 """A plan's tensors under ComfyUI's names, layer by layer.
 
-Peak memory is the result and one layer: sources stay memory-mapped until their layer is made.
+Codes of a layer that is one part stay memory-mapped; what must be joined or turned is copied, one
+layer at a time.
 Equal parts of a fused layer are concatenated exactly; unequal ones (other formats, a low-rank
 branch or scale of their own) keep their form side by side in one composite. Nothing is rounded.
 """
@@ -70,8 +71,10 @@ def _made(plan: Plan, move: Move, settings: Settings) -> torch.Tensor:
     if len(parts) == 1 and isinstance(parts[0][1], CompositeWeight):
         piece, value = parts[0]
         if piece.rows is None and piece.op is None and not settings.expand:
-            buffer = value.buffer.clone()  # the host may write into it; the file must not change
-            return composite.wrap(buffer, value.spec, settings.dtype)
+            if settings.scale_dtype is None:
+                return composite.wrap(value.buffer, value.spec, settings.dtype, value.side)
+            cast = [(name, _cast(weight, settings), wish) for name, weight, wish in value.parts()]
+            return composite.build(cast, settings.dtype, value.spec.axis)
     weights = [
         (piece.key.removesuffix(".weight"), _quantized_piece(piece, value, settings))
         for piece, value in parts
@@ -119,10 +122,10 @@ def _float_piece(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
 def _quantized_piece(piece: Piece, value, settings: Settings) -> QuantizedWeight:
     """One piece in normal form, rows taken and halves swapped."""
     if isinstance(value, CompositeWeight):
-        weight = value.single()
-        if weight is None and settings.expand:
+        (_, weight, _), *others = value.parts()
+        if others and settings.expand:
             weight = _dense(composite.dequantize(value.buffer, value.spec, torch.float32))
-        if weight is None:
+        elif others:
             raise LowBitError(
                 "A saved layer of several parts cannot be taken apart again.",
                 found=f"{len(value.spec.parts)} parts",
@@ -140,15 +143,18 @@ def _quantized_piece(piece: Piece, value, settings: Settings) -> QuantizedWeight
         weight = swap_halves(weight)
     if settings.expand and len(weight.spec.shape) == 2:
         weight = _expanded(weight)
-    if settings.scale_dtype is not None:
-        weight = QuantizedWeight(
-            weight.spec,
-            {
-                name: t.to(settings.scale_dtype) if name in SCALES else t
-                for name, t in weight.tensors.items()
-            },
-        )
-    return weight
+    return _cast(weight, settings)
+
+
+def _cast(weight: QuantizedWeight, settings: Settings) -> QuantizedWeight:
+    """Scales in the dtype that the settings ask for."""
+    if settings.scale_dtype is None:
+        return weight
+    tensors = {
+        name: tensor.to(settings.scale_dtype) if name in SCALES else tensor
+        for name, tensor in weight.tensors.items()
+    }
+    return QuantizedWeight(weight.spec, tensors)
 
 
 def _dense(tensor: torch.Tensor) -> QuantizedWeight:

@@ -33,6 +33,7 @@ __all__ = ["COMPUTE_DTYPES", "LoadOptions", "LoadReport", "load_diffusion_model"
 compat.check()
 
 ATTACHMENT = "lowbit"
+BESIDE = (".comfy_quant", ".weight_scale", ".weight_side")  # what lies beside a weight in files
 COMPUTE_DTYPES = {
     "auto": None,
     "bf16": torch.bfloat16,
@@ -255,20 +256,14 @@ def _account(patcher: ModelPatcher, given: dict[str, torch.Tensor], plan: Plan) 
     model = patcher.model
     loaded = set(model.model_config.process_unet_state_dict(dict(given)))
     diffusion_model = model.diffusion_model
-    have = {
-        key
-        for key in diffusion_model.state_dict()
-        if not key.endswith((".comfy_quant", ".weight_scale"))
-    }
+    have = {key for key in diffusion_model.state_dict() if not key.endswith(BESIDE)}
     have |= {
         f"{name}.weight"
         for name, module in diffusion_model.named_modules()
         if "weight" in module.__dict__ and module.__dict__["weight"] is None
     }
     missing = sorted(have - loaded - set(plan.family.optional))
-    surplus = sorted(
-        key for key in loaded - have if not key.endswith((".comfy_quant", ".weight_scale"))
-    )
+    surplus = sorted(key for key in loaded - have if not key.endswith(BESIDE))
     # Names that a model config only reads a fact from never become parameters.
     surplus = [key for key in surplus if "." in key]
     if not missing and not surplus:

@@ -10,7 +10,7 @@ from comfy import quant_ops
 from comfy.quant_ops import QuantizedTensor
 
 from ...quant.errors import LowBitError
-from ..layouts.composite import part_tensors
+from ..layouts.composite import part_tensors, side_of
 
 __all__ = ["check", "int8_tensorwise"]
 
@@ -51,7 +51,7 @@ def int8_tensorwise(layer: str, weight: QuantizedTensor) -> dict[str, torch.Tens
         ``{key: tensor}`` for the host's own loader.
     """
     part = weight._params.spec.parts[0]
-    tensors = part_tensors(weight._qdata, part)
+    tensors = part_tensors(weight._qdata, part, side_of(weight._params))
     scale = tensors["scale"].float()
     text = json.dumps({"format": "int8_tensorwise"}).encode()
     return {

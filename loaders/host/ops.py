@@ -18,7 +18,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...kernels.reference import dequantize_rows
-from ..layouts.composite import FORMAT, LAYOUT, marker, part_tensors
+from ..layouts.composite import FORMAT, LAYOUT, marker, part_tensors, side_of
 from ..layouts.dispatch import kernels_of, linear
 
 __all__ = ["make_ops"]
@@ -110,6 +110,11 @@ class _CompositeWeight:
     def weight_scale(self) -> torch.Tensor:
         """Scale of a layer in one of the host's own formats."""
         return _attribute(super().state_dict(), "weight_scale")
+
+    @property
+    def weight_side(self) -> torch.Tensor:
+        """What lies beside the codes of a composite of one part."""
+        return self.weight.state_dict("weight")["weight_side"]
 
     # The host asks a module for convert_weight and set_weight and patches plain tensors by itself
     # where it has none; so these exist just where the weight is a composite.
@@ -235,7 +240,8 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                 kernels = self._kernels.get((input.device, input.dtype))
                 if kernels is None:
                     kernels = self._choose(input.device, input.dtype)
-                return linear(input, weight._qdata, weight._params.spec, bias, kernels)
+                params = weight._params
+                return linear(input, weight._qdata, params.spec, bias, kernels, side_of(params))
 
             @torch.compiler.disable
             def _choose(self, device, dtype):
@@ -272,7 +278,7 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                 )
                 parts = self.weight._params.spec.parts
                 if isinstance(weight, QuantizedTensor) and len(parts) == 1:
-                    held = part_tensors(weight._qdata, parts[0])
+                    held = part_tensors(weight._qdata, parts[0], side_of(weight._params))
                     y = dequantize_rows(held, parts[0].weight, input, dtype)
                 else:
                     y = torch.nn.functional.embedding(input, _dequantized(weight)).to(dtype)

@@ -120,6 +120,7 @@ def linear(
     spec: CompositeSpec,
     bias: torch.Tensor | None,
     kernels: tuple[tuple[bool, object], ...],
+    side: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x`` times a composite weight.
 
@@ -129,6 +130,7 @@ def linear(
         spec: What the buffer holds; logical shape ``[N, K]``.
         bias: ``[N]`` or None.
         kernels: Of :func:`kernels_of`.
+        side: What lies beside the codes of a weight of one part.
 
     Returns:
         ``[..., N]`` of ``x``'s dtype.
@@ -136,7 +138,7 @@ def linear(
     parts = list(zip(spec.parts, kernels, strict=True))
     if all(dense for dense, _ in kernels):
         weights = [
-            function(part_tensors(buffer, part), part.weight, x.dtype)
+            function(part_tensors(buffer, part, side), part.weight, x.dtype)
             for part, (_, function) in parts
         ]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=spec.axis)
@@ -147,7 +149,7 @@ def linear(
     biases = bias.split(sizes) if rows and bias is not None else [None] * len(sizes)
     outputs = []
     for (part, (dense, function)), piece, piece_bias in zip(parts, inputs, biases, strict=True):
-        tensors = part_tensors(buffer, part)
+        tensors = part_tensors(buffer, part, side)
         if dense:
             weight = function(tensors, part.weight, x.dtype)
             outputs.append(torch.nn.functional.linear(piece, weight, piece_bias))

@@ -1,7 +1,8 @@
 """Checkpoints that this pack's MODELs were saved to by ComfyUI's own ModelSave.
 
 =====================  =======  ==========================================================
-``X.weight``           F8_E4M3  ``[nbytes]``, the bytes of ``LowBitCompositeLayout``'s buffer
+``X.weight``           F8_E4M3  ``[nbytes]``, the bytes of ``LowBitCompositeLayout``'s ``qdata``
+``X.weight_side``      F8_E4M3  ``[side_nbytes]``, what lies beside the codes of a single part
 ``X.comfy_quant``      U8       JSON ``{"format": "lowbit_composite", "spec": {...}}``
 anything else                   as it is, ComfyUI's own formats included
 =====================  =======  ==========================================================
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -26,25 +28,23 @@ MARKER = ".comfy_quant"
 BYTES = "F8_E4M3"
 
 
-class CompositeWeight(tuple):
-    """``(buffer, spec)`` of a weight that is stored as a composite already."""
+class CompositeWeight(NamedTuple):
+    """A weight that is stored as a composite already: ``qdata``, its spec, and its side."""
 
-    __slots__ = ()
+    buffer: torch.Tensor
+    spec: CompositeSpec
+    side: torch.Tensor | None
 
-    @property
-    def buffer(self):
-        return self[0]
-
-    @property
-    def spec(self) -> CompositeSpec:
-        return self[1]
-
-    def single(self) -> QuantizedWeight | None:
-        """The weight as one part; None when it has several."""
-        if len(self.spec.parts) != 1:
-            return None
-        part = self.spec.parts[0]
-        return QuantizedWeight(part.weight, part_tensors(self.buffer, part))
+    def parts(self) -> list[tuple[str, QuantizedWeight, str | None]]:
+        """``(name, weight, wish)`` of each part."""
+        return [
+            (
+                part.name,
+                QuantizedWeight(part.weight, part_tensors(self.buffer, part, self.side)),
+                part.wish,
+            )
+            for part in self.spec.parts
+        ]
 
 
 def read(source: Source, shape_of: ShapeOf | None = None) -> Contents:
@@ -74,25 +74,29 @@ def read(source: Source, shape_of: ShapeOf | None = None) -> Contents:
             ) from error
         if spec is None:
             continue
-        weight = source.tensors.get(f"{layer}.weight")
-        if weight is None or tuple(weight.shape) != (spec.nbytes,) or weight.dtype != BYTES:
-            raise LowBitError(
-                "A layer's buffer is not the one its marker describes.",
-                file=source.path,
-                layer=f"{layer}.weight",
-                found="nothing" if weight is None else f"{weight.dtype}{list(weight.shape)}",
-                expected=f"{BYTES}[{spec.nbytes}]",
-                remedy="Save the model again; the file is damaged.",
-            )
-        consumed |= {name, f"{layer}.weight"}
+        held = {f"{layer}.weight": spec.nbytes}
+        if spec.split:
+            held[f"{layer}.weight_side"] = spec.side_nbytes
+        for key, nbytes in held.items():
+            info = source.tensors.get(key)
+            if info is None or tuple(info.shape) != (nbytes,) or info.dtype != BYTES:
+                raise LowBitError(
+                    "A layer's buffer is not the one its marker describes.",
+                    file=source.path,
+                    layer=key,
+                    found="nothing" if info is None else f"{info.dtype}{list(info.shape)}",
+                    expected=f"{BYTES}[{nbytes}]",
+                    remedy="Save the model again; the file is damaged.",
+                )
+        consumed |= {name, *held}
         entries[f"{layer}.weight"] = Entry(
             key=f"{layer}.weight",
             shape=spec.shape,
             dtype="+".join(sorted({part.weight.format.name for part in spec.parts})),
-            stored=(f"{layer}.weight", name),
-            nbytes=weight.nbytes,
+            stored=(*held, name),
+            nbytes=sum(held.values()),
             parts=tuple((part.weight, part.wish) for part in spec.parts),
-            read=partial(_composite, source, f"{layer}.weight", spec),
+            read=partial(_composite, source, tuple(held), spec),
         )
     for name, info in source.tensors.items():
         if name not in consumed:
@@ -107,5 +111,6 @@ def read(source: Source, shape_of: ShapeOf | None = None) -> Contents:
     return Contents(entries)
 
 
-def _composite(source: Source, name: str, spec: CompositeSpec) -> CompositeWeight:
-    return CompositeWeight((source.get(name).view(torch.uint8), spec))
+def _composite(source: Source, names: tuple[str, ...], spec: CompositeSpec) -> CompositeWeight:
+    buffer, *side = (source.get(name).view(torch.uint8) for name in names)
+    return CompositeWeight(buffer, spec, side[0] if side else None)

@@ -73,8 +73,11 @@ def layers(patcher) -> dict[str, torch.nn.Module]:
 
 
 def codes(patcher) -> dict[str, torch.Tensor]:
-    """A copy of every composite's buffer."""
-    return {name: module.weight._qdata.clone() for name, module in layers(patcher).items()}
+    """A copy of every composite's bytes, side included."""
+    return {
+        name: torch.cat((module.weight._qdata, module.weight._params.scale))
+        for name, module in layers(patcher).items()
+    }
 
 
 def same_codes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -337,18 +337,20 @@ def test_a_lora_on_every_kind_of_layer(layer, fmt):
 
 
 def test_a_state_dict_of_every_kind_of_layer():
-    """What saving and memory counting see: the buffer, the marker and the bias."""
+    """What saving and memory counting see: codes, what lies beside them, the marker, the bias."""
     ours, _ = net("uint4")
     state = ours.state_dict()
     assert set(state) == {
         f"{layer}.{part}"
         for layer in SHAPES
-        for part in ("weight", "comfy_quant", "bias")
+        for part in ("weight", "weight_side", "comfy_quant", "bias")
         if (layer, part) != ("embedding", "bias")
     }
     for layer in SHAPES:
         stored = state[f"{layer}.weight"].view(torch.uint8)
         assert torch.equal(stored, getattr(ours, layer).weight._qdata)
+        beside = state[f"{layer}.weight_side"].view(torch.uint8)
+        assert torch.equal(beside, getattr(ours, layer).weight._params.scale)
 
 
 def test_an_embedding_of_several_parts():

@@ -50,7 +50,13 @@ def test_key_patches_name_every_tensor(case):
         weight, convert = patches[f"{name}.weight"][0]
         assert torch.equal(convert(weight), weight.data.dequantize())
     every = {f"diffusion_model.{name}" for name in citizens.floats(patcher)}
-    assert every | {f"{name}.comfy_quant" for name in names} == set(patches)
+    markers = {f"{name}.comfy_quant" for name in names}
+    beside = {
+        f"diffusion_model.{name}.weight_side"
+        for name, module in citizens.layers(patcher).items()
+        if module.weight._params.spec.split
+    }
+    assert every | markers | beside == set(patches)
 
 
 def test_key_patches_of_a_changed_model_tell_the_unchanged_weight():
