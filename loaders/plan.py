@@ -188,6 +188,18 @@ def _told_shapes(
             joined[axis] = sum(shape[axis] for shape in shapes)
             wanted[move.native] = tuple(joined)
     native = native_shapes(wanted)
+    if not native:  # convolutions of one pixel that stand there as matrices (SD 1.x)
+        flat = {
+            move.native
+            for move in moves
+            if move.axis == "single" and entries[move.pieces[0].key].doubtful
+        }
+        native = native_shapes(
+            {
+                key: (*shape, 1, 1) if key in flat and shape and len(shape) == 2 else shape
+                for key, shape in wanted.items()
+            }
+        )
     told: dict[str, tuple[int, ...]] = {}
     for move in moves:
         unknown = [p.key for p in move.pieces if entries[p.key].shape is None]
