@@ -1,14 +1,16 @@
 """Makes the benchmark's checkpoints with the real sdnq package.
 
 Run in the oracle interpreter: ``python make_checkpoint.py OUT FORMAT``. FLUX.1 at its real width
-(3072) with fewer blocks, random bf16 weights, quantized by the package's own functions block by
-block, so that no more than one float block is in memory. Written twice by the
-package: ``OUT/FORMAT-single`` (one file) and ``OUT/FORMAT-sharded`` (500 MB shards and an index).
+with fewer blocks, or with all its blocks at a smaller width; random bf16 weights, quantized by the
+package's own functions block by block, so that no more than one float block is in memory. Written
+twice by the package: ``OUT/FORMAT-single`` (one file) and ``OUT/FORMAT-sharded`` (500 MB shards
+and an index).
 
-| FORMAT | blocks (double, single) | weights | file   |
-|--------|-------------------------|---------|--------|
-| uint4  | 5, 10                   | 3.2 G   | 2.0 GB |
-| int8   | 3, 7                    | 2.1 G   | 2.1 GB |
+| FORMAT   | blocks (double, single) | width | weights | file   |
+|----------|-------------------------|-------|---------|--------|
+| uint4    | 5, 10                   | 3072  | 3.2 G   | 2.0 GB |
+| int8     | 3, 7                    | 3072  | 2.1 G   | 2.1 GB |
+| int8deep | 19, 38                  | 1280  | 2.1 G   | 2.1 GB |
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sdnq.loader import save_sdnq_model
 from sdnq.quantizer import add_module_skip_keys, apply_sdnq_to_module
 from torch import nn
 
-BLOCKS = {"uint4": (5, 10), "int8": (3, 7)}
+BLOCKS = {"uint4": (5, 10, 24), "int8": (3, 7, 24), "int8deep": (19, 38, 10)}  # and heads of 128
 SHARD_SIZES = {"single": "50GB", "sharded": "500MB"}
 
 
@@ -48,13 +50,18 @@ def fill(module: nn.Module) -> None:
 @torch.no_grad()
 def make(format_name: str) -> nn.Module:
     torch.manual_seed(0)
-    double, single = BLOCKS[format_name]
+    double, single, heads = BLOCKS[format_name]
     with torch.device("meta"):
         model = FluxTransformer2DModel(
-            num_layers=double, num_single_layers=single, guidance_embeds=True
+            num_layers=double,
+            num_single_layers=single,
+            num_attention_heads=heads,
+            guidance_embeds=True,
         )
     model.eval()
-    model, config = add_module_skip_keys(model, SDNQConfig(weights_dtype=format_name))
+    model, config = add_module_skip_keys(
+        model, SDNQConfig(weights_dtype=format_name.removesuffix("deep"))
+    )
     for name, module in parts(model):
         fill(module)
         if list(module.children()):  # a top-level Linear stands in the skip list of FLUX.1

@@ -97,6 +97,8 @@ def inspect(
         *(f"  {count} layers: {line}" for line, count in kernels.items()),
         *_backends(facts.device.type),
     ]
+    notes = Counter(note for entry in plan.entries.values() for note in entry.notes)
+    lines += [f"assumed for {count} layers: {note}" for note, count in notes.items()]
     if plan.ignored or plan.contents.ignored:
         reasons = Counter([*plan.ignored.values(), *plan.contents.ignored.values()])
         lines += ["", *(f"left out, {count} tensors: {why}" for why, count in reasons.items())]

@@ -7,6 +7,7 @@ model (TorchCompileModel, device selectors, hooks) reloads this one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -168,6 +169,8 @@ def _unsupported(plan: Plan, found: str) -> LowBitError:
 
 
 def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> ModelPatcher:
+    for note in sorted({note for entry in plan.entries.values() for note in entry.notes}):
+        logging.warning("LowBit: %s: %s", plan.path.name, note)
     device = comfy.model_management.get_torch_device()
     wished = COMPUTE_DTYPES[options.compute_dtype]
     settings = Settings(

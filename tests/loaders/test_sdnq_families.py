@@ -76,6 +76,15 @@ def host():
     return pack()
 
 
+@pytest.fixture
+def one_thread():
+    """Tensors are tiny here: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder with every case of the small models; gone after the module, for its size."""
@@ -86,6 +95,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
+@pytest.mark.usefixtures("one_thread")
 def test_native_tensors_mean_what_the_package_says(made, name, case):
     golden = load_file(made / name / f"{case}.golden.safetensors")
     shapes = {key: tuple(value.shape) for key, value in golden.items()}

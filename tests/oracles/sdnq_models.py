@@ -150,7 +150,7 @@ def make(family: str, width: int, case: str, out: Path) -> None:
     state = {
         name: golden[name] if name in golden else value.float()
         for name, value in model.state_dict().items()
-        if name in golden or name in dict(source.named_parameters())
+        if name in golden or name in source.state_dict()  # with buffers: SD3 saves its positions
     }
     target = source.float().eval()
     target.load_state_dict(state, strict=False)
