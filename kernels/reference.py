@@ -5,12 +5,14 @@ the result is cast. Branches depend on shapes, dtypes and the spec alone, so tha
 trace everything. Numbers of a spec that shift bits pass through `fixed`: when layers of several
 formats share code, torch.compile would otherwise make them symbols.
 
-    W = q * scale (+ zero_point)   or   W = levels[q]      in code_shape
+    W = q * scale (* scale_2) (+ zero_point)   or   W = levels[q]      in code_shape
+    W = W / smooth   or   W = W * smooth                   in [O, I]
     W = W + svd_up @ svd_down                              in [O, I]
     W = W rotated back by the Hadamard blocks              in [O, I], then in shape
 
-Quantized matrix products quantize the rows of x on the fly and rotate x instead of W; the low-rank
-branch is a float32 product of its own. Fewer than `MATMUL_ROWS` rows are dequantized instead.
+Quantized matrix products quantize the rows of x on the fly; they rotate and smooth x instead of W,
+because that is what makes x (and the codes as stored) easy to round. The low-rank branch is a
+float32 product of its own. Fewer than `MATMUL_ROWS` rows are dequantized instead.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .spec import CodeFormat, WeightSpec
+from .spec import SHARED, CodeFormat, WeightSpec
 
 __all__ = [
     "MATMUL_ROWS",
@@ -31,9 +33,12 @@ __all__ = [
     "decode",
     "dequantize",
     "dequantize_rows",
+    "divided",
     "float_weight",
+    "full_scale",
     "hadamard",
     "hadamard_matrix",
+    "int8_codes",
     "int8_weight",
     "int_matmul",
     "linear_dequantize",
@@ -41,7 +46,9 @@ __all__ = [
     "linear_fp16",
     "linear_int8",
     "linear_uint8",
+    "plain_weight",
     "reduced_axis",
+    "smoothed",
     "uint8_weight",
     "unpack",
 ]
@@ -135,20 +142,25 @@ def decode(codes: Tensor, fmt: CodeFormat, numel: int) -> Tensor:
     on_cpu = codes.device.type == "cpu"
     # A CPU converts float8 one by one, four times slower than it looks them up.
     byte_floats = fmt.kind == "native" and fmt.word.itemsize == 1 and on_cpu
-    if not _is_plain(codes) or not (fmt.kind == "float" or byte_floats):
+    plain = _is_plain(codes)
+    if fmt.kind != "table" and not (plain and (fmt.kind == "float" or byte_floats)):
         if fmt.kind == "float":
             return code_values(values, fmt)
         return values.to(torch.float32, copy=True)
-    table = _constant(
-        ("values", fmt.name, fmt.subnormals), codes.device, lambda device: _value_table(fmt, device)
-    )
+    if plain:
+        key = ("values", fmt.name, fmt.subnormals)
+        table = _constant(key, codes.device, lambda device: _value_table(fmt, device))
+    else:
+        table = _value_table(fmt, codes.device)
     if byte_floats:
         values = values.view(torch.uint8)
     return torch.index_select(table, 0, values.to(torch.int64 if on_cpu else torch.int32))
 
 
 def _value_table(fmt: CodeFormat, device: torch.device) -> Tensor:
-    """The float32 value of every bit pattern of a "float" or one-byte "native" format."""
+    """The float32 value of every bit pattern of a "float", "table" or one-byte "native" format."""
+    if fmt.kind == "table":
+        return torch.tensor(fmt.values, dtype=torch.float32, device=device)
     codes = torch.arange(1 << fmt.bits, device=device)
     if fmt.kind == "native":
         return codes.to(torch.uint8).view(fmt.word).to(torch.float32)
@@ -214,6 +226,14 @@ def _look_up(levels: Tensor, index: Tensor, axis: int) -> Tensor:
     return levels.to(torch.float32).expand(shape).gather(axis, index.to(torch.int64))
 
 
+def full_scale(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
+    """The scale of both levels; float32 where it is stored in a byte."""
+    scale = tensors["scale"]
+    if scale.element_size() == 1:  # such dtypes have no arithmetic
+        scale = scale.to(torch.float32)
+    return scale * tensors["scale_2"] if spec.two_level else scale
+
+
 def _residual(tensors: dict[str, Tensor], spec: WeightSpec, rows: int) -> Tensor:
     """q * scale + zero_point of whole rows, float32 [rows, columns]."""
     code_shape = (rows, *spec.code_shape[1:])
@@ -224,16 +244,24 @@ def _residual(tensors: dict[str, Tensor], spec: WeightSpec, rows: int) -> Tensor
     else:
         weight = decode(tensors["codes"], spec.format, numel).view(code_shape)
         if "zero_point" in tensors:
-            weight = torch.addcmul(tensors["zero_point"], weight, tensors["scale"])
+            weight = torch.addcmul(tensors["zero_point"], weight, full_scale(tensors, spec))
         elif "scale" in tensors:
-            weight = weight.mul_(tensors["scale"])
+            weight = weight.mul_(full_scale(tensors, spec))
     return weight.reshape(rows, spec.columns)
 
 
 def _dequantize_block(
-    tensors: dict[str, Tensor], spec: WeightSpec, rows: int, branch: bool, unrotate: bool
+    tensors: dict[str, Tensor],
+    spec: WeightSpec,
+    rows: int,
+    branch: bool = True,
+    unrotate: bool = True,
+    unsmooth: bool = True,
 ) -> Tensor:
     weight = _residual(tensors, spec, rows)
+    if unsmooth and spec.smoothing:
+        smooth = tensors["smooth"].to(torch.float32)
+        weight = weight.div_(smooth) if spec.smoothing == "divide" else weight.mul_(smooth)
     if branch and spec.rank:
         up, down = tensors["svd_up"], tensors["svd_down"]
         weight = weight.addmm_(up.to(torch.float32), down.to(torch.float32))
@@ -250,7 +278,7 @@ def _row_range(tensors: dict[str, Tensor], spec: WeightSpec, start: int, stop: i
         if name == "codes":
             begin = fmt.storage_numel(start * spec.columns)
             rows[name] = tensor.reshape(-1)[begin : fmt.storage_numel(stop * spec.columns)]
-        elif name == "svd_down" or tensor.shape[0] == 1:
+        elif name in SHARED or tensor.shape[0] == 1:
             rows[name] = tensor
         else:
             rows[name] = tensor[start:stop]
@@ -264,6 +292,7 @@ def dequantize(
     *,
     branch: bool = True,
     unrotate: bool = True,
+    unsmooth: bool = True,
 ) -> Tensor:
     """The whole weight in `spec.shape` and `dtype`.
 
@@ -271,20 +300,21 @@ def dequantize(
         tensors, spec: the weight in normal form.
         branch: add the low-rank branch.
         unrotate: undo the Hadamard rotation.
+        unsmooth: undo the smoothing; without it the weight is one for smoothed activations.
 
     Large weights are done some rows at a time, which bounds the float32 temporaries.
     """
     codes = tensors["codes"]
     chunk = _CHUNK_CPU if codes.device.type == "cpu" else _CHUNK
     if spec.numel <= chunk or not _is_plain(codes):
-        weight = _dequantize_block(tensors, spec, spec.rows, branch, unrotate)
+        weight = _dequantize_block(tensors, spec, spec.rows, branch, unrotate, unsmooth)
         return weight.view(spec.shape).to(dtype)
     step = max(chunk // spec.columns // _ROW_STEP, 1) * _ROW_STEP
     result = torch.empty((spec.rows, spec.columns), dtype=dtype, device=codes.device)
     for start in range(0, spec.rows, step):
         stop = min(start + step, spec.rows)
         part = _row_range(tensors, spec, start, stop)
-        result[start:stop] = _dequantize_block(part, spec, stop - start, branch, unrotate)
+        result[start:stop] = _dequantize_block(part, spec, stop - start, branch, unrotate, unsmooth)
     return result.view(spec.shape)
 
 
@@ -307,18 +337,23 @@ def dequantize_rows(
         plain = {1: torch.uint8, 2: torch.int16}.get(codes.element_size(), codes.dtype)
         # Not every dtype can be indexed; its bytes can.
         table = codes.view(plain).view(spec.rows, words)
-        codes = table.index_select(0, picked).view(fmt.word)
-        rows = {"codes": codes}
+        rows = {"codes": table.index_select(0, picked).view(fmt.word)}
     else:
         table = unpack(codes, fmt, spec.numel).view(spec.rows, spec.columns)
         rows = {"codes": table.index_select(0, picked)}
         spec = _unpacked(spec)
     for name, tensor in tensors.items():
         if name != "codes":
-            shared = name == "svd_down" or tensor.shape[0] == 1
-            rows[name] = tensor if shared else tensor.index_select(0, picked)
-    weight = _dequantize_block(rows, spec, picked.numel(), True, True)
+            shared = name in SHARED or tensor.shape[0] == 1
+            rows[name] = tensor if shared else _pick_rows(tensor, picked)
+    weight = _dequantize_block(rows, spec, picked.numel())
     return weight.view(*index.shape, spec.columns).to(dtype)
+
+
+def _pick_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    if tensor.element_size() == 1:  # as above
+        return tensor.view(torch.uint8).index_select(0, index).view(tensor.dtype)
+    return tensor.index_select(0, index)
 
 
 def _unpacked(spec: WeightSpec) -> WeightSpec:
@@ -353,7 +388,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _divided(x: Tensor, scale: Tensor) -> Tensor:
+def divided(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale, 0 where a constant row gave the scale 0."""
     return torch.where(scale == 0, 0.0, x / scale)
 
@@ -361,7 +396,7 @@ def _divided(x: Tensor, scale: Tensor) -> Tensor:
 def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] as int8 codes and scale [M, 1]: symmetric, rounded half to even."""
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
-    return _divided(x, scale).round_().clamp_(-128, 127).to(torch.int8), scale
+    return divided(x, scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def _uint8_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,7 +404,7 @@ def _uint8_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     scale = (high - low) / 255
     zero_point = torch.add(low, scale, alpha=128)
-    codes = _divided(x - zero_point, scale).round_().clamp_(-128, 127).to(torch.int8)
+    codes = divided(x - zero_point, scale).round_().clamp_(-128, 127).to(torch.int8)
     return codes, scale, zero_point
 
 
@@ -377,19 +412,20 @@ def _float_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [M, K] as floats of `dtype` that fill its range, and scale [M, 1]."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax(dim=-1, keepdim=True) / largest
-    return _divided(x, scale).clamp_(-largest, largest).to(dtype), scale
+    return divided(x, scale).clamp_(-largest, largest).to(dtype), scale
 
 
 def _row_wise(spec: WeightSpec) -> bool:
     return len(spec.code_shape) == 2 and not spec.codebook
 
 
-def _plain_weight(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
-    weight = dequantize(tensors, spec, branch=False, unrotate=False)
+def plain_weight(tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
+    """The weight that rotated, smoothed activations meet, without branch: float32 [O, I]."""
+    weight = dequantize(tensors, spec, branch=False, unrotate=False, unsmooth=False)
     return weight.view(spec.rows, spec.columns)
 
 
-def _int8_codes(
+def int8_codes(
     tensors: dict[str, Tensor], spec: WeightSpec
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Stored codes that are int8 operands as they are, scale [1, O] and zero point [1, O]."""
@@ -397,7 +433,7 @@ def _int8_codes(
     if not (_row_wise(spec) and fmt.is_integer and fmt.bits <= 8):
         return None
     codes = unpack(tensors["codes"], fmt, spec.numel).view(spec.rows, spec.columns)
-    scale = tensors["scale"].to(torch.float32).reshape(1, -1)
+    scale = full_scale(tensors, spec).to(torch.float32).reshape(1, -1)
     if fmt.signed:
         return codes, scale, None
     zero_point = tensors["zero_point"].to(torch.float32).reshape(1, -1)
@@ -410,15 +446,15 @@ def _int8_codes(
 def int8_weight(
     tensors: dict[str, Tensor], spec: WeightSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weight, without branch and un-rotation, as int8 codes [O, I] for a product.
+    """The weight, without branch, un-rotation and un-smoothing, as int8 codes [O, I] for a product.
 
     Returns codes, scale [1, O] or [1, 1], and zero point of the same shape (None if symmetric).
     Row-wise integers of at most 8 bits are used as stored; all else is rounded row by row.
     """
-    stored = _int8_codes(tensors, spec)
+    stored = int8_codes(tensors, spec)
     if stored is not None:
         return stored
-    codes, scale = _int8_rows(_plain_weight(tensors, spec))
+    codes, scale = _int8_rows(plain_weight(tensors, spec))
     return codes, scale.t(), None
 
 
@@ -426,10 +462,10 @@ def uint8_weight(
     tensors: dict[str, Tensor], spec: WeightSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `int8_weight`, but what must be rounded is rounded asymmetrically."""
-    stored = _int8_codes(tensors, spec)
+    stored = int8_codes(tensors, spec)
     if stored is not None:
         return stored
-    codes, scale, zero_point = _uint8_rows(_plain_weight(tensors, spec))
+    codes, scale, zero_point = _uint8_rows(plain_weight(tensors, spec))
     return codes, scale.t(), zero_point.t()
 
 
@@ -452,7 +488,7 @@ def _fits(fmt: CodeFormat, dtype: torch.dtype) -> bool:
 def float_weight(
     tensors: dict[str, Tensor], spec: WeightSpec, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The weight, without branch and un-rotation, as `dtype` values [O, I] for a product.
+    """The weight, without branch, un-rotation and un-smoothing, as `dtype` values [O, I].
 
     Args:
         dtype: torch.float8_e4m3fn or torch.float16.
@@ -465,16 +501,16 @@ def float_weight(
         if fmt.word == torch.float8_e5m2 and dtype == torch.float8_e4m3fn:
             dtype = torch.float8_e5m2
         values = decode(tensors["codes"], fmt, spec.numel).to(dtype)
-        scale = tensors["scale"].to(torch.float32).reshape(1, -1)
+        scale = full_scale(tensors, spec).to(torch.float32).reshape(1, -1)
         return values.view(spec.rows, spec.columns), scale
-    values, scale = _float_rows(_plain_weight(tensors, spec), dtype)
+    values, scale = _float_rows(plain_weight(tensors, spec), dtype)
     return values, scale.t()
 
 
 def _prepared(
     x: Tensor, tensors: dict[str, Tensor], spec: WeightSpec, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """x as rotated float32 rows [M, I], and bias plus low-rank branch: [O], [M, O] or None."""
+    """x as rotated, smoothed float32 rows [M, I], and bias plus low-rank branch: [O], [M, O]."""
     rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
     if spec.hadamard:
         rows = hadamard(rows, spec.hadamard, spec.hadamard_basis)
@@ -484,7 +520,14 @@ def _prepared(
         down = rows @ tensors["svd_down"].to(torch.float32).t()
         up = tensors["svd_up"].to(torch.float32).t()
         bias = down @ up if bias is None else torch.addmm(bias, down, up)
-    return rows, bias
+    return smoothed(rows, tensors, spec), bias
+
+
+def smoothed(rows: Tensor, tensors: dict[str, Tensor], spec: WeightSpec) -> Tensor:
+    """Rows [M, I] as the stored codes want to meet them; at least the precision of both."""
+    if spec.smoothing == "divide":
+        return rows / tensors["smooth"]
+    return rows * tensors["smooth"] if spec.smoothing else rows
 
 
 def _scaled(

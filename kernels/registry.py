@@ -1,18 +1,20 @@
 """Which implementation runs which operation on which device, and why the others do not.
 
-An *operation* is a name with one eager definition in :mod:`.reference`; an *implementation* is one
-way to compute it, with constraints kept as data, so that the same rules choose a kernel, explain a
-refusal in a node's text and produce test inputs.
+An *operation* is a name with one eager definition in :mod:`.reference` or :mod:`.faithful`; an
+*implementation* is one way to compute it, with constraints kept as data, so that the same rules
+choose a kernel, explain a refusal in a node's text and produce test inputs.
 
 Operations (all take plain tensors; ``spec`` is a :class:`~.spec.WeightSpec`):
 
-=================  =====================================================================
-``dequantize``     ``(tensors, spec, dtype) -> weight`` of ``spec.shape``
-``linear_int8``    ``(x, tensors, spec, bias) -> y``, W8A8, symmetric int8 activations
-``linear_uint8``   the same with asymmetric activations
-``linear_fp8``     the same in float8_e4m3fn
-``linear_fp16``    the same in float16 with per-row scales
-=================  =====================================================================
+======================  =====================================================================
+``dequantize``          ``(tensors, spec, dtype) -> weight`` of ``spec.shape``
+``linear_weight_only``  ``(x, tensors, spec, bias) -> y``, x in its own dtype
+``linear_int8``         the same, W8A8, symmetric int8 activations
+``linear_uint8``        the same with asymmetric activations
+``linear_fp8``          the same in float8_e4m3fn
+``linear_fp16``         the same in float16 with per-row scales
+``linear_faithful``     the same with activations rounded as ``spec.activation`` says
+======================  =====================================================================
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+
+from .spec import ActivationSpec
 
 __all__ = [
     "BACKENDS",
@@ -43,8 +47,12 @@ MATMUL_OPERATIONS = {
     "uint8": "linear_uint8",
     "fp8": "linear_fp8",
     "fp16": "linear_fp16",
+    "faithful": "linear_faithful",
 }
 """Operation behind each resolved ``matmul`` mode."""
+
+EMULATED = "multiplies 4-bit integers, which compute capability {}.{} only emulates"
+OPT_IN = "is used only where it is chosen as the backend: nobody has measured it yet"
 
 
 class NoImplementationError(RuntimeError):
@@ -65,6 +73,10 @@ class Call:
         rowwise: One scale for each output row (or one in all), no groups.
         symmetric: No zero point and no codebook.
         plain: Neither low-rank branch nor Hadamard rotation.
+        group: Elements of a row that share a scale.
+        rank: Of the low-rank branch.
+        rotated: With a Hadamard rotation.
+        smoothing, two_level, activation: As in the :class:`~.spec.WeightSpec`.
     """
 
     device: str
@@ -76,6 +88,12 @@ class Call:
     rowwise: bool
     symmetric: bool
     plain: bool
+    group: int = 0
+    rank: int = 0
+    rotated: bool = False
+    smoothing: str = ""
+    two_level: bool = False
+    activation: ActivationSpec | None = None
 
 
 # ----------------------------------------------------------------------- constraints, as data
@@ -134,6 +152,19 @@ class MatmulShape:
 
 
 @dataclass(frozen=True)
+class DtypeIn:
+    """Activations are of one of these dtypes."""
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+
+    def why_not(self, call: Call) -> str | None:
+        if call.dtype in self.dtypes:
+            return None
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"needs {names} activations, these are {str(call.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
 class FormatIn:
     """The codes are of one of these formats."""
 
@@ -154,8 +185,76 @@ class Rowwise:
             return "needs one scale for each row, this weight is grouped"
         if not call.symmetric:
             return "needs symmetric codes, this weight has a zero point or a codebook"
+        return Plain().why_not(call)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Neither a low-rank branch, a rotation, smoothing nor a second scale."""
+
+    def why_not(self, call: Call) -> str | None:
         if not call.plain:
             return "cannot carry a low-rank branch or a Hadamard rotation"
+        if call.smoothing:
+            return "cannot carry the smoothing of activations"
+        return "cannot carry scales of two levels" if call.two_level else None
+
+
+@dataclass(frozen=True)
+class GroupIn:
+    """This many elements of a row share a scale."""
+
+    sizes: tuple[int, ...]
+
+    def why_not(self, call: Call) -> str | None:
+        if call.group in self.sizes:
+            return None
+        wanted = " or ".join(map(str, self.sizes))
+        return f"needs groups of {wanted}, this weight has groups of {call.group}"
+
+
+@dataclass(frozen=True)
+class RoundsActivations:
+    """The format has an arithmetic of its own, which rounds activations."""
+
+    def why_not(self, call: Call) -> str | None:
+        return None if call.activation else "needs a format that says how activations are rounded"
+
+
+@dataclass(frozen=True)
+class SVDQuant:
+    """Weight and activations in 4 bits with the groups and scales of SVDQuant.
+
+    Attributes:
+        precisions: ``(code format, group, format of the activations' scales)`` of each.
+        largest_rank: Of the low-rank branch, None for any.
+    """
+
+    precisions: tuple[tuple[str, int, str], ...]
+    largest_rank: int | None = None
+
+    def why_not(self, call: Call) -> str | None:
+        activation = call.activation
+        if activation is None:
+            return RoundsActivations().why_not(call)
+        known = {name: (group, scale) for name, group, scale in self.precisions}
+        if call.format not in known:
+            return FormatIn(tuple(known)).why_not(call)
+        group, scale = known[call.format]
+        if call.group != group or activation.group != group:
+            return (
+                f"needs groups of {group}, this weight has groups of {call.group} and "
+                f"activations of {activation.group}"
+            )
+        formats = (call.format, "uint4") if call.format == "int4" else (call.format,)
+        if activation.format not in formats or activation.scale != scale or activation.static:
+            return "needs activations that are rounded as in SVDQuant"
+        if call.smoothing == "multiply":
+            return "needs activations that are divided by the smoothing"
+        if call.rotated:
+            return "cannot carry a Hadamard rotation"
+        if self.largest_rank is not None and call.rank > self.largest_rank:
+            return f"needs a rank of at most {self.largest_rank}, this branch has {call.rank}"
         return None
 
 
@@ -180,10 +279,12 @@ class Backend:
         name: As the node's ``backend`` input spells it.
         probe: ``module:function`` that takes a device type and gives None where the backend is
             usable on this machine, else the reason; empty for what is always usable.
+        opt_in: Never chosen by "auto".
     """
 
     name: str
     probe: str = ""
+    opt_in: bool = False
 
     def why_not(self, device: str) -> str | None:
         """None where usable, else the reason."""
@@ -194,7 +295,7 @@ BACKENDS = (
     Backend("reference"),
     Backend("comfy_kitchen", ".kitchen:why_unavailable"),
     Backend("triton", ".triton:why_unavailable"),
-    Backend("nunchaku", ".nunchaku:why_unavailable"),
+    Backend("nunchaku", ".nunchaku:why_unavailable", opt_in=True),
 )
 
 
@@ -208,6 +309,10 @@ class Implementation:
         target: ``module:function``, imported when first used.
         priority: The highest that applies is chosen.
         constraints: Objects with ``why_not(call) -> str | None``.
+        probe: ``module:function`` that takes the call and is asked last: it may import the package
+            behind the backend to see whether this can be computed.
+        emulated_from: CUDA compute capability from which devices lack the matrix instruction behind
+            it: it is right there, but only chosen where the user chose its backend.
     """
 
     operation: str
@@ -215,15 +320,30 @@ class Implementation:
     target: str
     priority: int = 0
     constraints: tuple = ()
+    probe: str = ""
+    emulated_from: tuple[int, int] | None = None
 
-    def why_not(self, call: Call) -> str | None:
-        """None where it applies, else the first reason against it."""
+    def why_not(self, call: Call, *, forced: bool = True) -> str | None:
+        """None where it applies, else the first reason against it.
+
+        Args:
+            call: What is asked for.
+            forced: Whether the user chose this backend.
+        """
         for constraint in self.constraints:
             reason = constraint.why_not(call)
             if reason is not None:
                 return reason
         backend = next(b for b in BACKENDS if b.name == self.backend)
-        return backend.why_not(call.device)
+        if backend.opt_in and not forced:
+            return OPT_IN
+        capability = call.capability
+        if self.emulated_from and capability and capability >= self.emulated_from and not forced:
+            return EMULATED.format(*capability)
+        reason = backend.why_not(call.device)
+        if reason is None and self.probe:
+            reason = _load(self.probe)(call)
+        return reason
 
     def function(self) -> Callable:
         """The callable itself."""
@@ -291,7 +411,7 @@ class Registry:
                 continue
             if backend == "reference" and row.backend != "reference":
                 continue
-            reason = row.why_not(call)
+            reason = row.why_not(call, forced=backend == row.backend)
             if reason is None:
                 return Choice(row, tuple(refused))
             refused.append((row.backend, reason))
@@ -323,6 +443,16 @@ for _operation, _constraints in (
     registry.register(
         Implementation(_operation, "reference", f".reference:{_operation}", 0, _constraints)
     )
+registry.register(Implementation("linear_weight_only", "reference", ".reference:linear_dequantize"))
+registry.register(
+    Implementation(
+        "linear_faithful",
+        "reference",
+        ".faithful:linear_faithful",
+        0,
+        (IsLinear(), RoundsActivations()),
+    )
+)
 registry.register(
     Implementation(
         "linear_int8",
@@ -337,5 +467,58 @@ registry.register(
             FormatIn(("int8",)),
             Rowwise(),
         ),
+    )
+)
+registry.register(
+    Implementation(
+        "linear_weight_only",
+        "comfy_kitchen",
+        ".kitchen:linear_weight_only",
+        20,
+        (
+            OnDevice(("cuda",)),
+            MinCapability(8, 0),
+            IsLinear(),
+            MatmulShape(128, 128),
+            FormatIn(("uint4",)),
+            GroupIn((64,)),
+            Plain(),
+            DtypeIn(),
+        ),
+        ".kitchen:why_no_weight_only",
+    )
+)
+registry.register(
+    Implementation(
+        "linear_faithful",
+        "comfy_kitchen",
+        ".kitchen:linear_faithful",
+        20,
+        (
+            OnDevice(("cuda",)),
+            MinCapability(8, 0),
+            IsLinear(),
+            MatmulShape(128, 128),
+            SVDQuant((("int4", 64, ""),)),
+            DtypeIn(),
+        ),
+        ".kitchen:why_no_svdquant",
+        emulated_from=(9, 0),
+    )
+)
+registry.register(
+    Implementation(
+        "linear_faithful",
+        "nunchaku",
+        ".nunchaku:linear_faithful",
+        30,
+        (
+            OnDevice(("cuda",)),
+            IsLinear(),
+            MatmulShape(128, 128),
+            SVDQuant((("int4", 64, ""), ("float4_e2m1fn", 16, "float8_e4m3fn")), largest_rank=1024),
+            DtypeIn(),
+        ),
+        ".nunchaku:why_not_here",
     )
 )

@@ -2,17 +2,23 @@
 
 A weight is a `WeightSpec` (no tensors, hashable) and a dict of tensors in this normal form:
 
-| name         | shape                                          | dtype              | when     |
-|--------------|------------------------------------------------|--------------------|----------|
-| `codes`      | 1-D words, or any shape of numel(shape) if raw | `spec.format.word` | always   |
-| `scale`      | broadcasts to `code_shape`                     | float              | scaled   |
-| `zero_point` | as `scale`; an offset added after scaling      | as `scale`         | unsigned |
-| `levels`     | code_shape, its reduced axis 2^bits long       | float              | codebook |
-| `svd_up`     | [O, r]                                         | float              | `rank`>0 |
-| `svd_down`   | [r, I], I = product of shape[1:]               | float              | `rank`>0 |
+| name          | shape                                         | dtype              | when      |
+|---------------|-----------------------------------------------|--------------------|-----------|
+| `codes`       | 1-D words, or as `shape` (of any view) if raw | `spec.format.word` | always    |
+| `scale`       | broadcasts to `code_shape`                    | float              | scaled    |
+| `scale_2`     | as `scale`; multiplies it                     | float32            | two_level |
+| `zero_point`  | as `scale`; an offset added after scaling     | as `scale`         | unsigned  |
+| `levels`      | code_shape, its reduced axis 2^bits long      | float              | codebook  |
+| `smooth`      | [I], I = product of shape[1:]                 | float              | smoothing |
+| `svd_up`      | [O, r]                                        | float              | rank > 0  |
+| `svd_down`    | [r, I]; multiplies x before any smoothing     | float              | rank > 0  |
+| `input_scale` | [1]; scale of the activations                 | float32            | static    |
+| `input_offset`| [1]; the code that activations of 0 have      | float32            | offset    |
+| `shift_bias`  | [O]; shift * sum over I of the residual W     | float32            | shift     |
 
 Codes stand in row-major order of `code_shape`, which has as many elements as `shape`.
 The bit layouts themselves are tables in `quant.dtypes`; nothing here knows a format by name.
+A layer's bias is always that of the float layer: `shift_bias` is for the arithmetic that shifts x.
 """
 
 from __future__ import annotations
@@ -23,7 +29,13 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["CodeFormat", "Piece", "Run", "WeightSpec"]
+__all__ = ["SHARED", "SMOOTHINGS", "ActivationSpec", "CodeFormat", "Piece", "Run", "WeightSpec"]
+
+SHARED = ("svd_down", "smooth", "input_scale", "input_offset")
+"""Tensors that all rows of a weight share."""
+
+SMOOTHINGS = ("", "divide", "multiply")
+"""What is done to x before the product: nothing, x / smooth, or x * smooth."""
 
 
 class Piece(NamedTuple):
@@ -69,13 +81,15 @@ class CodeFormat:
     """How one value is coded and how codes lie in words.
 
     kind: "int" (stored offset-binary when packed, two's complement when raw), "uint",
-        "float" (sign, exponent, mantissa with every code finite) or "native" (a torch float dtype).
-    exponent, mantissa: bit counts, 0 for the exponent of integers.
+        "float" (sign, exponent, mantissa with every code finite), "native" (a torch float dtype) or
+        "table" (a code is an index into `values`).
+    exponent, mantissa: bit counts, 0 for the exponent of integers and for both of tables.
     subnormals: whether exponent 0 means a subnormal number ("float" only). Without them exponent 0
         continues the normal numbers one binade down, and the all-zero code is zero.
     packed: several values share words; otherwise one word (element) per value.
     word: dtype of the stored tensor.
     largest: the biggest code value the producer scales to; the smallest follows from it.
+    values: what each code of a "table" stands for; 2^bits of them.
     """
 
     name: str
@@ -91,6 +105,7 @@ class CodeFormat:
     block_words: int
     largest: float
     pieces: tuple[Piece, ...] = field(default=(), repr=False)
+    values: tuple[float, ...] = field(default=(), repr=False)
     runs: tuple[Run, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +138,31 @@ class CodeFormat:
 
 
 @dataclass(frozen=True)
+class ActivationSpec:
+    """How a format's own arithmetic rounds activations before they meet the codes.
+
+    format: code format of the rounded activations, a name of `quant.dtypes`.
+    group: elements of a row that share a scale; 0 for one scale a row, -1 for one in all.
+    scale: what a scale is rounded to: "" for the dtype of the activations, "float32",
+        "float8_e4m3fn", "float8_e8m0fnu" (the next power of two, so that nothing saturates) or
+        "ocp_e8m0" (as OCP's MX formats say: the largest value's power of two over that of the
+        largest code, so that the largest values may saturate).
+    static: `input_scale` is the scale; beside groups it is a second level, which their scales are
+        divided by.
+    shift: added to activations before smoothing and rounding.
+    offset: codes are counted from `input_offset`, which is added before they are rounded; beside a
+        static scale without groups alone.
+    """
+
+    format: str
+    group: int
+    scale: str = ""
+    static: bool = False
+    shift: float = 0.0
+    offset: bool = False
+
+
+@dataclass(frozen=True)
 class WeightSpec:
     """What the tensors of one weight mean.
 
@@ -134,6 +174,11 @@ class WeightSpec:
     hadamard_basis: 2 or 4, the seed matrix of the rotation (see `kernels.reference.hadamard`).
     rank: rank of the low-rank branch that is added to the residual, 0 for none.
     codebook: `levels` replaces `scale`.
+    smoothing: how `smooth` changes activations, one of SMOOTHINGS. Stored codes are of the weight
+        that smoothed activations meet: W = codes / smooth for "divide", codes * smooth for
+        "multiply". The low-rank branch stands outside of it.
+    two_level: `scale_2` multiplies `scale`.
+    activation: how the format's own arithmetic rounds activations; None where it does not.
     """
 
     format: CodeFormat
@@ -143,6 +188,9 @@ class WeightSpec:
     hadamard_basis: int = 2
     rank: int = 0
     codebook: bool = False
+    smoothing: str = ""
+    two_level: bool = False
+    activation: ActivationSpec | None = None
 
     @property
     def numel(self) -> int:

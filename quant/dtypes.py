@@ -7,10 +7,12 @@
 | `int8` `uint8` `int16` `uint16`        | 8, 16   | raw elements                                |
 | `float{n}_e{E}m{M}fn`, `…fnu`          | 1-16    | the words of `uint{n}`; 8 and 16 bits raw   |
 | `float8_e4m3fn`, `float16`, …          | 8-32    | raw torch elements (`NATIVE`)               |
+| `nf4_bnb`, `fp4_bnb`                   | 4       | uint8, the first of two values in high bits |
 
 Own floats are sign|exponent|mantissa (`fnu`: no sign), bias 2^(E-1)-1, every code finite.
 Before sdnq 0.2.2 they had no subnormals: `get_format(name, subnormals=False)`.
 Signed integers of fewer than 16 bits other than 8 are stored offset-binary, q + 2^(n-1).
+The last two are tables of values (`TABLES`), which only bitsandbytes writes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from ..kernels.spec import CodeFormat, Piece
 from .errors import LowBitError
 
-__all__ = ["ALIASES", "LAYOUTS", "all_formats", "get_format"]
+__all__ = ["ALIASES", "LAYOUTS", "TABLES", "all_formats", "get_format"]
 
 
 def _column(values: range, words: range, width: int, word_bit: int = 0) -> list[Piece]:
@@ -164,6 +166,35 @@ for _bits in range(1, 17):
     _exponent = 5 if _bits >= 10 else _exponent
     ALIASES[f"ufp{_bits}"] = f"float{_bits}_e{_exponent}m{_bits - _exponent}fnu"
 
+# name -> what its 16 codes stand for, the largest 1.
+TABLES: dict[str, tuple[float, ...]] = {
+    # quantiles of a normal distribution, with an exact zero
+    "nf4_bnb": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    # sign, then an index into twelfths; no exponent and mantissa could say it
+    "fp4_bnb": tuple(
+        sign * twelfths / 12
+        for sign in (1, -1)
+        for twelfths in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+}
+
 _RAW_WORDS = {8: torch.uint8, 16: torch.uint16}
 
 
@@ -249,11 +280,31 @@ def _build(subnormals: bool) -> dict[str, CodeFormat]:
     return formats
 
 
+def _table(name: str, values: tuple[float, ...]) -> CodeFormat:
+    return CodeFormat(
+        name=name,
+        bits=4,
+        kind="table",
+        exponent=0,
+        mantissa=0,
+        signed=True,
+        subnormals=True,
+        packed=True,
+        word=torch.uint8,
+        block_values=2,
+        block_words=1,
+        largest=1.0,
+        pieces=(Piece(0, 0, 4, 0, 4), Piece(1, 0, 4, 0, 0)),
+        values=values,
+    )
+
+
 _FORMATS = {era: _build(era) for era in (True, False)}
+_TABLE_FORMATS = {name: _table(name, values) for name, values in TABLES.items()}
 
 
 def all_formats(*, subnormals: bool = True) -> tuple[CodeFormat, ...]:
-    """Every format once, by its canonical name."""
+    """Every format but the tables once, by its canonical name."""
     return tuple(_FORMATS[subnormals].values())
 
 
@@ -269,7 +320,7 @@ def get_format(name: str, *, subnormals: bool = True) -> CodeFormat:
     """
     formats = _FORMATS[subnormals]
     plain = re.sub(r"^torch\.", "", str(name).strip())
-    found = formats.get(ALIASES.get(plain, plain))
+    found = formats.get(ALIASES.get(plain, plain)) or _TABLE_FORMATS.get(plain)
     if found is None:
         known = [*formats, *ALIASES]
         close = difflib.get_close_matches(plain.lower(), known, n=4, cutoff=0.5)

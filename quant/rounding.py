@@ -2,8 +2,9 @@
 
 Integers round half to even. Floats, native ones included, are looked up among the magnitudes that
 the format can express, so that both eras of float tables and every width take the same path. Ties
-go to the even code. Stochastic rounding picks the upper of two neighbours with a probability equal
-to the distance from the lower one, so that the expectation is the number itself.
+go to the even code. Tables of values are searched whole, signs included. Stochastic rounding picks
+the upper of two neighbours with a probability equal to the distance from the lower one, so that the
+expectation is the number itself.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ def round_to_codes(x: Tensor, fmt: CodeFormat, noise: torch.Generator | None = N
         whole = x.round() if noise is None else (x + _uniform(x, noise)).floor_()
         return whole.clamp_(fmt.qmin, fmt.qmax).to(torch.int32)
     x = x.clamp(fmt.qmin, fmt.qmax)
+    if fmt.kind == "table":
+        values, codes = torch.tensor(fmt.values, device=x.device).sort()
+        parts = [codes[nearest_level(values, part, noise)] for part in x.reshape(-1).split(_CHUNK)]
+        return torch.cat([part.to(torch.int32) for part in parts]).view(x.shape)
     if fmt.kind == "native" and (noise is None or fmt.word == torch.float32):
         return x.to(fmt.word)
     table = magnitudes(fmt, x.device)

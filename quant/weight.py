@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.spec import CodeFormat, WeightSpec
+from ..kernels import faithful, reference
+from ..kernels.spec import SHARED, SMOOTHINGS, CodeFormat, WeightSpec
 from . import affine, codebook, lowrank, rotation
 from .dtypes import get_format
 from .errors import LowBitError
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 TENSORWISE = -2
+_E4M3_REACH = 464.0  # what still rounds to the largest float8_e4m3fn, 448
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,56 @@ class QuantizedWeight:
                     expected=f"{1 << fmt.bits} levels in each group",
                 )
         elif fmt.kind != "native" or "scale" in self.tensors:
-            names = ["scale"] if fmt.signed else ["scale", "zero_point"]
-            for name in names:
-                shape = _check_tensor(self.tensors, name, None).shape
-                if len(shape) != len(spec.code_shape) or any(
-                    size not in (1, whole)
-                    for size, whole in zip(shape, spec.code_shape, strict=True)
-                ):
-                    raise LowBitError(
-                        f"The {name} does not fit the codes.",
-                        found=list(shape),
-                        expected=f"{list(spec.code_shape)} with 1 in some places",
-                    )
+            self._check_scale("scale")
+            if not fmt.signed:
+                self._check_scale("zero_point")
+        if spec.two_level:
+            self._check_scale("scale_2", torch.float32)
+        self._check_activations()
+
+    def _check_scale(self, name: str, dtype: torch.dtype | None = None) -> None:
+        shape, whole = _check_tensor(self.tensors, name, dtype).shape, self.spec.code_shape
+        if len(shape) != len(whole) or any(
+            size not in (1, full) for size, full in zip(shape, whole, strict=True)
+        ):
+            raise LowBitError(
+                f"The {name} does not fit the codes.",
+                found=list(shape),
+                expected=f"{list(whole)} with 1 in some places",
+            )
+
+    def _check_activations(self) -> None:
+        """Smoothing and the rounding of activations: tensors, and names that kernels know."""
+        spec, rounding = self.spec, self.spec.activation
+        if spec.smoothing not in SMOOTHINGS:
+            raise LowBitError(
+                "The weight has a smoothing that is not known.",
+                found=repr(spec.smoothing),
+                expected=" or ".join(map(repr, SMOOTHINGS)),
+            )
+        if spec.smoothing:
+            _check_tensor(self.tensors, "smooth", None, shape=(spec.columns,))
+        if rounding is None:
+            return
+        if rounding.format not in faithful.ACTIVATIONS or rounding.scale not in faithful.SCALES:
+            raise LowBitError(
+                "Activations are rounded in a way that is not known.",
+                found=f"{rounding.format} with scales in {rounding.scale or 'their own dtype'}",
+                expected=f"one of {', '.join(faithful.ACTIVATIONS)}, with scales in "
+                + ", ".join(faithful.SCALES[1:]),
+            )
+        if rounding.group > 0 and spec.columns % rounding.group:
+            raise LowBitError(
+                "The groups of the activations do not fit the weight.",
+                found=f"rows of {spec.columns}",
+                expected=f"a multiple of {rounding.group}",
+            )
+        if rounding.static:
+            _check_tensor(self.tensors, "input_scale", torch.float32, shape=(1,))
+        if rounding.offset:
+            _check_tensor(self.tensors, "input_offset", torch.float32, shape=(1,))
+        if rounding.shift:
+            _check_tensor(self.tensors, "shift_bias", torch.float32, shape=(spec.rows,))
 
 
 def _check_tensor(
@@ -248,12 +287,37 @@ def _round(
     noise: torch.Generator | None,
     into: dict[str, Tensor],
 ) -> Tensor:
-    """Codes of `values` in code_shape; scale and zero point go `into` the tensors."""
-    scale, zero_point = affine.find_scale(values, spec.format, axes, scale_dtype)
-    into["scale"] = scale
+    """Codes of `values` in code_shape; scales and zero point go `into` the tensors.
+
+    With two levels, the second scale that stands `into` the tensors already gives its shape.
+    """
+    exact = scale_dtype.itemsize == 1 or spec.two_level
+    scale, zero_point = affine.find_scale(
+        values, spec.format, axes, torch.float32 if exact else scale_dtype
+    )
+    if spec.two_level:
+        into["scale_2"] = _second_scale(scale, into["scale_2"], scale_dtype)
+        scale = affine.divide(scale, into["scale_2"], None)
+    if exact:
+        scale = faithful.round_scale(scale, str(scale_dtype).removeprefix("torch."))
+    into["scale"] = scale.to(scale_dtype)
     if zero_point is not None:
-        into["zero_point"] = zero_point
-    return round_to_codes(affine.divide(values, scale, zero_point), spec.format, noise)
+        into["zero_point"] = zero_point.to(scale_dtype)
+    units = affine.divide(values, reference.full_scale(into, spec), into.get("zero_point"))
+    return round_to_codes(units, spec.format, noise)
+
+
+def _second_scale(scale: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """`second` times the powers of two that make `scale` / `second` fill a narrow `dtype`.
+
+    A power of two moves no rounding, so that what did not change keeps its codes.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return second
+    axes = [axis for axis, size in enumerate(second.shape) if size == 1]
+    largest = affine.divide(scale, second, None).amax(dim=axes, keepdim=True)
+    room = torch.where(largest == 0, 1.0, _E4M3_REACH / largest)
+    return torch.ldexp(second, 1 - torch.frexp(room).exponent)
 
 
 def _learn_levels(
@@ -310,6 +374,9 @@ def requantize_like(
     if spec.rank:
         up, down = result["svd_up"].to(torch.float32), result["svd_down"].to(torch.float32)
         flat = torch.addmm(flat, up, down, alpha=-1)
+    if spec.smoothing:
+        smooth = result["smooth"].to(torch.float32)
+        flat = flat * smooth if spec.smoothing == "divide" else affine.divide(flat, smooth, None)
     values = flat.view(spec.code_shape)
     if spec.codebook:
         codes = _nearest_in_codebook(values, spec, result["levels"], noise)
@@ -320,6 +387,10 @@ def requantize_like(
     else:
         codes = round_to_codes(values, spec.format, noise)
     result["codes"] = pack(codes, spec.format).view(tensors["codes"].shape)
+    if spec.activation is not None and spec.activation.shift:
+        residual = reference.dequantize(result, spec, branch=False, unrotate=False)
+        sums = residual.view(spec.rows, spec.columns).sum(dim=1)
+        result["shift_bias"] = spec.activation.shift * sums
     return result
 
 
@@ -367,7 +438,7 @@ def take_rows(weight: QuantizedWeight, start: int, length: int) -> QuantizedWeig
     tensors = {"codes": words}
     for name, tensor in weight.tensors.items():
         if name != "codes":
-            shared = name == "svd_down" or tensor.shape[0] == 1
+            shared = name in SHARED or tensor.shape[0] == 1
             tensors[name] = tensor if shared else tensor[start : start + length]
     rows = replace(spec, shape=(length, *spec.shape[1:]), code_shape=(length, *spec.code_shape[1:]))
     return QuantizedWeight(rows, tensors)
@@ -384,8 +455,8 @@ def swap_halves(weight: QuantizedWeight) -> QuantizedWeight | None:
 def concat_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
     """The parts below each other as one weight with exactly the same values.
 
-    None where no single spec says it: another format, grouping, rotation or dtype of scale, or
-    low-rank branches with different `svd_down`. Scales of whole parts become scales of rows.
+    None where no single spec says it: another format, grouping, rotation, dtype of scale, or
+    SHARED tensors (such as `svd_down`) that differ. Scales of whole parts become scales of rows.
     """
     first = parts[0]
     spec = first.spec
@@ -402,14 +473,14 @@ def concat_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
             mine = part.tensors[name]
             if mine.dtype != tensor.dtype or (mine.dim() != tensor.dim() and name != "codes"):
                 return None
-            if name == "svd_down" and not (mine is tensor or torch.equal(mine, tensor)):
+            if name in SHARED and not (mine is tensor or torch.equal(mine, tensor)):
                 return None
     rows = sum(part.spec.rows for part in parts)
     tensors: dict[str, Tensor] = {}
     for name, tensor in first.tensors.items():
         if name == "codes":
             tensors[name] = _join_codes(parts)
-        elif name == "svd_down":
+        elif name in SHARED:
             tensors[name] = tensor
         else:
             joined = _join_rows(name, parts)
@@ -436,7 +507,7 @@ def _join_rows(name: str, parts: Sequence[QuantizedWeight]) -> Tensor | None:
     if len({tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
         return None
     if all(tensor.shape[0] == 1 for tensor in tensors) and all(
-        torch.equal(tensor, tensors[0]) for tensor in tensors[1:]
+        torch.equal(_comparable(tensor), _comparable(tensors[0])) for tensor in tensors[1:]
     ):
         return tensors[0]
     return torch.cat(
@@ -445,3 +516,8 @@ def _join_rows(name: str, parts: Sequence[QuantizedWeight]) -> Tensor | None:
             for tensor, part in zip(tensors, parts, strict=True)
         ]
     )
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Dtypes of one byte cannot be compared; their bytes can."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor

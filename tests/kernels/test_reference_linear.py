@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 from support import pack
-from units import assert_near, normal_form, units
+from units import assert_near, units
+from units import normal_form as of_the_package
+from w4a4 import layer, normal_form, relative
 
 reference = pack("kernels.reference")
 weights = pack("quant.weight")
@@ -26,7 +28,7 @@ def test_products_equal_the_packages_formula(matmul: str) -> None:
     for case in units("matmul"):
         if case.facts["matmul"] != matmul:
             continue
-        weight = normal_form(case)
+        weight = of_the_package(case)
         x, bias, expected = (case.tensors.get(name) for name in ("x", "bias", "y"))
         found = LINEAR[matmul](x, weight.tensors, weight.spec, bias)
         assert found.dtype == x.dtype and torch.isfinite(found).all()
@@ -151,3 +153,42 @@ def test_products_compile_to_one_graph(name: str) -> None:
     x, bias = torch.randn(2, 40, 128), torch.randn(64)
     expected = LINEAR[name](x, weight.tensors, spec, bias)
     assert_near(compiled(x, weight.tensors, bias), expected, name, 1e-2)
+
+
+@pytest.mark.parametrize("matmul", sorted(LINEAR))
+@pytest.mark.parametrize("kind", ["int4", "uint4", "nvfp4"])
+def test_smoothed_and_two_level_weights(matmul: str, kind: str) -> None:
+    """Outliers of x are smoothed before they are rounded: folded into W they would cost most."""
+    for seed in range(2):
+        made = layer(kind, 48, 256, seed=seed, by_row=seed == 1)
+        made = dataclasses.replace(made, smooth=made.smooth * torch.logspace(-3, 3, 256, 2))
+        weight = normal_form(made)
+        x = torch.randn(5, 8, 256) * made.smooth.float()
+        expected = x.double() @ made.dense.T + made.bias.double()
+        found = LINEAR[matmul](x, weight.tensors, weight.spec, made.bias)
+        limit = {"int8": 0.02, "uint8": 0.02, "fp8": 0.06, "fp16": 0.001}[matmul]
+        assert 0 < relative(found, expected) < limit
+        few = LINEAR[matmul](x[:, 0], weight.tensors, weight.spec, made.bias)
+        assert relative(few, expected[:, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("matmul", sorted(LINEAR))
+@pytest.mark.parametrize("smoothing", ["divide", "multiply"])
+def test_stored_rows_stay_operands_under_smoothing(matmul: str, smoothing: str) -> None:
+    """Codes of whole rows are used as stored: a weight of few distinct values stays exact."""
+    torch.manual_seed(7)
+    fmt = "float8_e4m3fn" if matmul == "fp8" else "int8"
+    weight = weights.quantize(torch.randn(32, 64), fmt, group_size=-1)
+    spec = dataclasses.replace(weight.spec, smoothing=smoothing, two_level=True)
+    tensors = weight.tensors | {
+        "smooth": 0.5 + torch.rand(64),
+        "scale_2": 0.5 + torch.rand(32, 1),
+    }
+    plain = weight.dequantize() * tensors["scale_2"]
+    x = torch.randn(40, 64)
+    smooth = x / tensors["smooth"] if smoothing == "divide" else x * tensors["smooth"]
+    scaled = tensors | {"scale": tensors["scale"] * tensors["scale_2"]}
+    expected = LINEAR[matmul](smooth, scaled, weight.spec)
+    found = LINEAR[matmul](x, tensors, spec)
+    assert_near(found, expected, matmul, 1e-6)
+    assert relative(found, smooth.double() @ plain.double().T) < 0.06
