@@ -9,6 +9,7 @@ in one cache folder (``LOWBIT_CACHE``, else the platform's own):
     env-0.30.0/         virtual environment: torch, ComfyUI's requirements, the tests' tools
     env-0.27.0/         thin: sees env-0.30.0 through a .pth and owns only what differs
     oracle/             thin: the packages that tests compare with
+    oracle-<name>/      thin, on top of oracle: further ones (``setup`` and ``test`` only)
     oracle-sdnq-<v>/    older sdnq versions, plain folders (``--all`` only)
     run/<name>/         base directories given to ComfyUI: custom_nodes, models, output, user
     logs/               what pip said, by part
@@ -47,6 +48,12 @@ OLDEST_HOST = (0, 27, 0)
 PYTHONS = ((3, 10), (3, 14))  # first and last with wheels for the pinned torch
 STAMP = "lowbit.stamp"
 PACK_FOLDER = "comfyui-lowbit"
+#: Further environments that see the oracle's packages: the part of their pins' names, and a note.
+#: tests/support.py finds them beside the oracle, as ``<oracle>-<name>``.
+FURTHER_ORACLES = {
+    "modelopt": "nvidia-modelopt",
+    "others": "bitsandbytes, torchao and optimum-quanto",
+}
 
 PROBE = """
 import json, sys, sysconfig
@@ -541,19 +548,33 @@ def check_python() -> None:
         )
 
 
-def prepare(version: str | None = None, *, older: bool = False) -> Host:
-    """Install or repair what that host needs. No network when all of it is whole."""
+def prepare(version: str | None = None, *, further: bool = False, older: bool = False) -> Host:
+    """Install or repair what that host needs. No network when all of it is whole.
+
+    Args:
+        version: Of ComfyUI; the first of ``HOSTS`` when None.
+        further: Also the oracles of ``FURTHER_ORACLES``.
+        older: Also older sdnq versions.
+    """
     cache = cache_folder()
     given = os.environ.get("COMFYUI_PATH")
     if given and version:
         raise HostError("COMFYUI_PATH names the ComfyUI to use, --host another: give one of them")
     with locked(cache):
         if given:
-            return prepare_given(Path(given).expanduser().resolve(), cache, older=older)
-        return prepare_own(version or HOSTS[0], cache, older=older)
+            host = prepare_given(Path(given).expanduser().resolve(), cache)
+        else:
+            host = prepare_own(version or HOSTS[0], cache)
+        if further or older:
+            oracle = probe(host.oracle)
+            for name in FURTHER_ORACLES if further else ():
+                further_part(name, oracle, cache).ensure(cache)
+            if older:
+                ensure_older(oracle, cache)
+        return host
 
 
-def prepare_own(version: str, cache: Path, *, older: bool) -> Host:
+def prepare_own(version: str, cache: Path) -> Host:
     """A host in the cache: source archive, environment, oracle."""
     full = full_part(cache)
     if probe(venv_python(full.folder)) is None:
@@ -564,13 +585,11 @@ def prepare_own(version: str, cache: Path, *, older: bool) -> Host:
         python = thin_part(version, base, cache).ensure(cache)
         ensure_source(version, base, cache)
     oracle = oracle_part("oracle", base, cache).ensure(cache)
-    if older:
-        ensure_older(oracle, cache)
     bins = tuple(dict.fromkeys((python.exe.parent, base.exe.parent)))
     return Host(version, cache / f"comfyui-{version}", python.exe, oracle.exe, bins, cache, True)
 
 
-def prepare_given(root: Path, cache: Path, *, older: bool) -> Host:
+def prepare_given(root: Path, cache: Path) -> Host:
     """The user's own ComfyUI with the running interpreter; only the oracle is installed."""
     about = read_text(root / "comfyui_version.py")
     found = re.search(r'__version__ = "(\d+)\.(\d+)\.(\d+)', about)
@@ -598,8 +617,6 @@ def prepare_given(root: Path, cache: Path, *, older: bool) -> Host:
         )
     name = f"oracle-{digest_of(base.exe, base.sites)[:8]}"
     oracle = oracle_part(name, base, cache).ensure(cache)
-    if older:
-        ensure_older(oracle, cache)
     text = ".".join(map(str, version))
     return Host(text, root, base.exe, oracle.exe, (base.exe.parent,), cache, False)
 
@@ -661,6 +678,21 @@ def oracle_part(name: str, base: Python, cache: Path) -> Part:
         pins=[PINS / "oracle.txt"],
         note="the packages that tests compare with",
         base=base,
+    )
+
+
+def further_part(name: str, oracle: Python, cache: Path) -> Part:
+    """An environment of ``FURTHER_ORACLES`` on top of the oracle, in a folder named after it."""
+    pins = PINS / f"oracle-{name}.txt"
+    folder = f"{oracle.exe.parent.parent.name}-{name}"
+    return Part(
+        name=folder,
+        folder=cache / folder,
+        maker=str(oracle.exe),
+        pip_args=["-r", str(pins)],
+        pins=[pins, PINS / "oracle.txt"],
+        note=FURTHER_ORACLES[name],
+        base=oracle,
     )
 
 
@@ -744,7 +776,7 @@ def command_setup(args: list[str]) -> int:
     options = parser.parse_args(args)
     given = os.environ.get("COMFYUI_PATH")
     for version in (None,) if given else HOSTS:
-        host = prepare(version, older=options.all)
+        host = prepare(version, further=True, older=options.all)
         say(f"ready: ComfyUI {host.version} in {host.root}, Python {host.python}")
     say(f"ready: oracle {host.oracle}")
     return 0
@@ -854,7 +886,7 @@ def command_test(args: list[str]) -> int:
     extra += after
     alone = bool(options.host or extra or os.environ.get("COMFYUI_PATH"))
 
-    host = prepare(options.host, older=options.all)
+    host = prepare(options.host, further=True, older=options.all)
     tools = test_tools(host, browser=options.browser)
     if not extra:  # with pytest arguments only a part is asked for
         say("ruff check")

@@ -23,6 +23,12 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 ORACLES = Path(__file__).resolve().parent / "oracles"
 ORACLE_PYTHON = os.environ.get("LOWBIT_ORACLE_PYTHON", "")
+#: Scripts for a further oracle environment: a name in FURTHER_ORACLES of scripts/host.py.
+FURTHER = {
+    "modelopt_files.py": "modelopt",
+    "others_files.py": "others",
+    "others_layers.py": "others",
+}
 CACHE = Path(os.environ.get("LOWBIT_CACHE") or Path.home() / ".cache" / "comfyui-lowbit")
 
 
@@ -56,16 +62,27 @@ def pack(module: str = "") -> ModuleType:
     return importlib.import_module(f"{name}.{module}" if module else name)
 
 
+def interpreter(script: str) -> str:
+    """The Python of the oracle environment that ``tests/oracles/<script>`` is written for."""
+    python = Path(ORACLE_PYTHON)
+    if ORACLE_PYTHON and script in FURTHER:
+        folder = python.parent.parent
+        further = folder.with_name(f"{folder.name}-{FURTHER[script]}")
+        python = further / python.relative_to(folder)
+    assert ORACLE_PYTHON and python.exists(), (
+        f"no oracle environment for {script}: run the tests by scripts/host.py test, or make it "
+        f"by scripts/host.py setup"
+    )
+    return str(python)
+
+
 def oracle(script: str, *args: str, python: str = "") -> Path:
-    """Run ``tests/oracles/<script>`` in the oracle interpreter; its output folder.
+    """Run ``tests/oracles/<script>`` in its oracle environment; its output folder.
 
     The script gets the folder to fill as its first argument. Results are kept in the cache under a
     hash of every oracle script, the arguments and the interpreter, and made once.
     """
-    python = python or ORACLE_PYTHON
-    assert python and Path(python).exists(), (
-        "no oracle environment: run the tests by scripts/host.py test, which makes it"
-    )
+    python = python or interpreter(script)
     digest = hashlib.sha256()
     for file in sorted(ORACLES.glob("*.py")):
         if file.name == script or file.name in _imports_of(script):
@@ -83,8 +100,8 @@ def oracle(script: str, *args: str, python: str = "") -> Path:
 
 
 def run_oracle(script: str, target: Path, *args: str, python: str = "") -> Path:
-    """Run ``tests/oracles/<script>`` in the oracle interpreter with ``target`` as its folder."""
-    python = python or ORACLE_PYTHON
+    """Run ``tests/oracles/<script>`` in its oracle environment with ``target`` as its folder."""
+    python = python or interpreter(script)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {
         "SDNQ_USE_TORCH_COMPILE": "0",
