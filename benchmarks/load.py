@@ -60,7 +60,8 @@ def nbytes(tensor) -> int:
     """Bytes of a weight; of a quantized tensor those of its storage."""
     if not hasattr(tensor, "_qdata"):
         return tensor.nbytes
-    return tensor._qdata.nbytes + tensor._params.scale.nbytes
+    params = tensor._params
+    return tensor._qdata.nbytes + sum(getattr(params, f).nbytes for f in params._tensor_fields())
 
 
 def prepare_ours(path: Path, mode: str) -> Callable[[], dict]:

@@ -17,11 +17,23 @@ from dataclasses import dataclass
 from ..quant.errors import LowBitError
 from .source import Source, TensorInfo
 
-__all__ = ["SCHEMES", "Detection", "detect_scheme"]
+__all__ = ["SCHEMES", "Detection", "detect_scheme", "marked_layers", "metadata_object"]
 
-SCHEMES = ("sdnq", "lowbit", "comfy")
+SCHEMES = (
+    "sdnq",
+    "svdq",
+    "modelopt",
+    "fp8",
+    "modelslim",
+    "bitsandbytes",
+    "torchao",
+    "quanto",
+    "lowbit",
+    "comfy",
+)
 MODEL_PREFIX = "model.diffusion_model."
 MAX_MARKER = 65536  # bytes; real ones have about a hundred
+SVDQ_FORMATS = ("svdquant_w4a4", "awq_w4a16")  # markers of formats that no host reads
 
 
 @dataclass(frozen=True)
@@ -42,17 +54,15 @@ class _Finding:
 # Scheme -> (its name for people, what to do instead). Recognised, so that the message is right.
 _OTHER = "get this model as SDNQ, as one of ComfyUI's own formats, or unquantized"
 _REFUSED = {
-    "svdq": ("SVDQuant / Nunchaku", _OTHER),
-    "modelopt": ("NVIDIA ModelOpt (scales without a comfy_quant marker)", _OTHER),
-    "modelslim": ("Ascend msModelSlim", _OTHER),
+    "nunchaku-encoder": (
+        "Nunchaku's AWQ text encoder",
+        "this is a text encoder and no diffusion model: choose the file of the transformer, and "
+        "load the encoder in another format with a CLIP loader",
+    ),
     "compressed-tensors": ("compressed-tensors", _OTHER),
-    "fp8-block": ("block-scaled FP8", _OTHER),
-    "bitsandbytes": ("bitsandbytes", _OTHER),
-    "quanto": ("optimum-quanto", _OTHER),
-    "torchao": ("torchao", _OTHER),
     "gptq": ("GPTQ / AWQ", _OTHER),
     "mxfp4": ("MXFP4 blocks", _OTHER),
-    "gguf": ("GGUF", "open it with a GGUF loader node, or " + _OTHER),
+    "gguf": ("GGUF", "open it with the nodes of ComfyUI-GGUF (city96), or " + _OTHER),
     "hqqsvd": (
         "hqqsvd (written by kanttouchthis/ComfyUI-SDNQ, not by the sdnq package)",
         "open it with the pack that wrote it, or " + _OTHER,
@@ -73,7 +83,7 @@ _METHODS = {
     "modelslim": "modelslim",
     "ascend": "modelslim",
     "compressed-tensors": "compressed-tensors",
-    "fp8": "fp8-block",
+    "fp8": "fp8",
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
@@ -100,17 +110,24 @@ SIGNS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (scheme, frozenset(suffixes.split()))
     for scheme, suffixes in (
         ("svdq", "qweight wscales"),
+        ("nunchaku-encoder", "qweight scales scaled_zeros"),
         ("gptq", "qweight scales"),
         ("bitsandbytes", "absmax quant_map"),
+        ("bitsandbytes", "bitsandbytes__nf4"),
+        ("bitsandbytes", "bitsandbytes__fp4"),
         ("bitsandbytes", "weight SCB"),
         ("quanto", "_data _scale"),
+        ("quanto", "_scale _shift"),
         ("torchao", "_weight_qdata"),
         ("hqqsvd", "nbits svd_up scale"),
         ("hqq", "W_q"),
         ("compressed-tensors", "weight_packed"),
-        ("fp8-block", "weight weight_scale_inv"),
+        ("fp8", "weight weight_scale_inv"),
         ("modelslim", "weight weight_scale weight_offset"),
         ("modelslim", "weight deq_scale quant_bias"),
+        ("modelslim", "mul_scale"),
+        ("modelslim", "svd_lowrank_l1"),
+        ("modelslim", "weight_dual_scale"),
         ("modelopt", "weight weight_scale"),
     )
 )
@@ -148,10 +165,16 @@ def detect_scheme(source: Source, override: str = "auto") -> Detection:
     elif any(f.scheme == "modelopt" for f in findings):
         # ModelOpt itself writes core's kind of metadata, over tensors that core would misread.
         findings = [f for f in findings if f.scheme != "comfy"]
-    if "lowbit" in shown:
-        # Our files keep a layer in core's own format wherever the maths is the same.
-        findings = [_as_lowbit(finding) for finding in findings]
-        shown.discard("comfy")
+    for other in ("modelslim", "fp8"):
+        # Some of their layers are stored as ModelOpt's are; what stands beside them tells.
+        if any(f.scheme == other for f in findings):
+            findings = [_as_of(other, finding) for finding in findings]
+            shown = {finding.scheme for finding in findings if finding.by_tensors}
+    for host in ("lowbit", "svdq"):
+        # Such files keep some layers in core's own formats.
+        if host in shown:
+            findings = [_within(host, finding) for finding in findings]
+            shown.discard("comfy")
     named = dict.fromkeys(finding.scheme for finding in findings)
     said = "; ".join(finding.text for finding in findings)
 
@@ -196,10 +219,16 @@ def detect_scheme(source: Source, override: str = "auto") -> Detection:
     return Detection("comfy", (_plain(source),))
 
 
-def _as_lowbit(finding: _Finding) -> _Finding:
+def _as_of(scheme: str, finding: _Finding) -> _Finding:
+    if finding.scheme != "modelopt" or not finding.by_tensors:
+        return finding
+    return _Finding(scheme, finding.text.replace("modelopt", scheme), True)
+
+
+def _within(host: str, finding: _Finding) -> _Finding:
     if finding.scheme != "comfy":
         return finding
-    return _Finding("lowbit", finding.text, finding.by_tensors)
+    return _Finding(host, finding.text, finding.by_tensors)
 
 
 def _plain(source: Source) -> str:
@@ -228,8 +257,9 @@ def _by_tensors(source: Source) -> Iterator[_Finding]:
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name, info in source.tensors.items():
         prefix, _, suffix = name.rpartition(".")
+        prefix = prefix.removesuffix(".quant_state")  # of bitsandbytes, about what it stands beside
         groups.setdefault(prefix, {})[suffix] = info
-    markers, layers = _markers(source, groups), _metadata_layers(source)
+    markers, layers = _markers(source), _metadata_layers(source)
     yield from _formats_found(markers, "layers with a comfy_quant marker", True)
     yield from _formats_found(layers, "layers in the metadata _quantization_metadata", False)
     old_fp8 = [p for p, group in groups.items() if "scaled_fp8" in group]
@@ -276,34 +306,51 @@ def _is_sdnq(group: dict[str, TensorInfo]) -> bool:
     return scale.dtype in _FLOATS and len(scale.shape) >= 2 and 1 in scale.shape
 
 
-def _formats_found(formats: dict[str, str], what: str, by_tensors: bool) -> Iterator[_Finding]:
-    for scheme in ("lowbit", "comfy"):
-        own = Counter(
-            f for f in formats.values() if f.startswith("lowbit_") == (scheme == "lowbit")
+def _formats_found(entries: dict[str, dict], what: str, by_tensors: bool) -> Iterator[_Finding]:
+    formats: dict[str, Counter[str]] = {}
+    for entry in entries.values():
+        name = entry["format"]
+        scheme = (
+            "lowbit" if name.startswith("lowbit_") else "svdq" if name in SVDQ_FORMATS else "comfy"
         )
-        if own:
-            words = ", ".join(f"{count} {name}" for name, count in sorted(own.items()))
+        formats.setdefault(scheme, Counter())[name] += 1
+    for scheme in ("lowbit", "svdq", "comfy"):
+        if scheme in formats:
+            words = ", ".join(f"{count} {name}" for name, count in sorted(formats[scheme].items()))
             yield _Finding(scheme, f"{what}: {words}", by_tensors)
 
 
-def _metadata_layers(source: Source) -> dict[str, str]:
-    """Module -> format by the headers' ``_quantization_metadata``.
+def marked_layers(source: Source) -> dict[str, dict]:
+    """``{module: its marker}``, as the tensors or else the metadata have it.
+
+    Raises:
+        LowBitError: A marker is broken.
+    """
+    told = _metadata_layers(source)
+    prefixed = {MODEL_PREFIX + layer: entry for layer, entry in told.items()}
+    return {**prefixed, **told, **_markers(source)}
+
+
+def _metadata_layers(source: Source) -> dict[str, dict]:
+    """Module -> marker by the headers' ``_quantization_metadata``.
 
     Without ``layers`` it is a ModelOpt config that some converters put there, and marks nothing.
     """
-    layers = _metadata_object(source, "_quantization_metadata").get("layers")
+    layers = metadata_object(source, "_quantization_metadata").get("layers")
     if not isinstance(layers, dict):
         return {}
-    return {layer: _format(source, layer, entry) for layer, entry in layers.items()}
+    for layer, entry in layers.items():
+        _check_format(source, layer, entry)
+    return layers
 
 
-def _markers(source: Source, groups: dict[str, dict[str, TensorInfo]]) -> dict[str, str]:
-    """Module -> format by the ``comfy_quant`` tensors (uint8, JSON text, maybe padded by NULs)."""
-    formats: dict[str, str] = {}
-    for prefix, group in groups.items():
-        if "comfy_quant" not in group:
+def _markers(source: Source) -> dict[str, dict]:
+    """Module -> marker by the ``comfy_quant`` tensors (uint8, JSON text, maybe padded by NULs)."""
+    markers: dict[str, dict] = {}
+    for name, info in source.tensors.items():
+        prefix, _, suffix = name.rpartition(".")
+        if suffix != "comfy_quant":
             continue
-        info = group["comfy_quant"]
         if info.dtype not in ("U8", "I8") or info.nbytes > MAX_MARKER:
             raise LowBitError(
                 "the comfy_quant marker is not a text",
@@ -325,11 +372,12 @@ def _markers(source: Source, groups: dict[str, dict[str, TensorInfo]]) -> dict[s
                 expected='{"format": ...} in UTF-8',
                 remedy="get the model from its origin again, or convert it again",
             ) from error
-        formats[prefix] = _format(source, prefix, entry)
-    return formats
+        _check_format(source, prefix, entry)
+        markers[prefix] = entry
+    return markers
 
 
-def _format(source: Source, layer: str, entry: object) -> str:
+def _check_format(source: Source, layer: str, entry: object) -> None:
     name = entry.get("format") if isinstance(entry, dict) else None
     if not isinstance(name, str) or not name:
         raise LowBitError(
@@ -340,13 +388,12 @@ def _format(source: Source, layer: str, entry: object) -> str:
             expected='{"format": "float8_e4m3fn"} or another format of ComfyUI',
             remedy="get the model from its origin again, or convert it again",
         )
-    return name
 
 
 # -------------------------------------------------------------------------- metadata and configs
 
 
-def _metadata_object(source: Source, key: str) -> dict:
+def metadata_object(source: Source, key: str) -> dict:
     """A JSON object kept as text in the headers' metadata; empty without one."""
     text = source.metadata.get(key)
     if text is None:
@@ -368,10 +415,12 @@ def _metadata_object(source: Source, key: str) -> dict:
 
 
 def _by_metadata(source: Source) -> Iterator[_Finding]:
-    if source.metadata.get("model_class", "").startswith("Nunchaku"):
-        yield _Finding("svdq", f"metadata: model_class {source.metadata['model_class']}", False)
-    yield from _declared(source, _metadata_object(source, "quantization_config"), "metadata")
-    layered = _metadata_object(source, "_quantization_metadata")
+    model_class = source.metadata.get("model_class", "")
+    if model_class.startswith("Nunchaku"):
+        scheme = "nunchaku-encoder" if "Encoder" in model_class else "svdq"
+        yield _Finding(scheme, f"metadata: model_class {model_class}", False)
+    yield from _declared(source, metadata_object(source, "quantization_config"), "metadata")
+    layered = metadata_object(source, "_quantization_metadata")
     if layered and not isinstance(layered.get("layers"), dict):
         yield from _declared(source, layered, "metadata _quantization_metadata")
 
@@ -395,9 +444,13 @@ def _declared(source: Source, config: dict, where: str) -> Iterator[_Finding]:
     producer = config.get("producer")
     if isinstance(method, str) and method.lower() in _METHODS:
         scheme = _METHODS[method.lower()]
+        if scheme == "compressed-tensors" and config.get("format") == "float-quantized":
+            scheme = "fp8"
         version = config.get("sdnq_version")
         note = f", sdnq_version {version}" if version is not None else ""
         yield _Finding(scheme, f"{where}: quant_method {method}{note}", False)
+    elif method is None and ("runtime_manifest" in config or "svdq_w4a4" in config):
+        yield _Finding("svdq", f"{where}: a list of SVDQuant layers", False)
     elif method is None and "weights_dtype" in config:
         yield _Finding("sdnq", f"{where}: weights_dtype {config['weights_dtype']}", False)
     elif method is None and (

@@ -5,7 +5,11 @@
 | ``X.safetensors`` (or ``.sft``) | that file |
 | ``X-00001-of-0000N.safetensors`` ... | one set of shards, ``X`` |
 | ``X.safetensors.index.json`` | the shards that it names |
-| several of these | the plain name (``diffusion_pytorch_model``, ``model``), or none |
+| ``TWO_FILES`` | Nunchaku's older form: one checkpoint |
+| several of these | ``X-mixed``, else the plain name (``diffusion_pytorch_model``), or none |
+
+Makers of NVFP4 files put ``X-mixed``, with more layers in 16 bits, beside ``X``: it is the better
+one, and what other programs open in such a folder.
 
 From this come the list of checkpoints below ComfyUI's model folders and the way back from a name
 in it to a path. No weight file is opened here.
@@ -25,7 +29,9 @@ from .header import INSTEAD_OF, read_json, unreadable
 
 __all__ = [
     "CONFIG_NAMES",
+    "DESCRIPTION",
     "PIPELINE_INDEX",
+    "TWO_FILES",
     "WEIGHT_SUFFIXES",
     "WeightSet",
     "choose",
@@ -43,9 +49,11 @@ __all__ = [
 
 WEIGHT_SUFFIXES = (".safetensors", ".sft")
 CONFIG_NAMES = ("config.json", "quantization_config.json")
+DESCRIPTION = "quant_model_description"  # ModelSlim's config; its name may go on
 PIPELINE_INDEX = "model_index.json"
 PIPELINE_MODELS = ("transformer", "transformer_2", "unet")  # what a pipeline is listed as
 PLAIN_STEMS = ("diffusion_pytorch_model", "model")
+TWO_FILES = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 
 _SHARD = re.compile(
     r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)(?P<variant>\.[^.]+)?\.(?:safetensors|sft)",
@@ -60,7 +68,8 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def is_shard(name: str) -> bool:
-    return _SHARD.fullmatch(name) is not None
+    """Whether a file is one of several by its name."""
+    return name in TWO_FILES or _SHARD.fullmatch(name) is not None
 
 
 def is_index(name: str) -> bool:
@@ -85,6 +94,7 @@ class WeightSet:
 def weight_sets(names: Iterable[str]) -> list[WeightSet]:
     """The weight sets among a folder's file names, in order of their names."""
     names = sorted(names)
+    halves = set(TWO_FILES) <= set(names)
     indexes: dict[str, str] = {}
     for name in names:
         if found := _INDEX.fullmatch(name):
@@ -95,6 +105,8 @@ def weight_sets(names: Iterable[str]) -> list[WeightSet]:
             continue
         if found := _SHARD.fullmatch(name):
             key = found["stem"] + (found["variant"] or ""), int(found["total"])
+        elif halves and name in TWO_FILES:
+            key = "nunchaku", len(TWO_FILES)
         else:
             key = os.path.splitext(name)[0], 0
         members.setdefault(key, []).append(name)
@@ -109,8 +121,16 @@ def weight_sets(names: Iterable[str]) -> list[WeightSet]:
     return sets
 
 
+def is_mixed(group: WeightSet) -> bool:
+    """Whether a set is called ``X-mixed``."""
+    return group.stem.endswith("-mixed")
+
+
 def choose(sets: Sequence[WeightSet]) -> WeightSet | None:
-    """The set that a folder stands for: as in diffusers, an index or a plain name wins."""
+    """The set that a folder stands for: a mixed one, else an index or a plain name wins."""
+    mixed = [group for group in sets if is_mixed(group)]
+    if len(mixed) == 1:
+        return mixed[0]
     for stem in PLAIN_STEMS:
         plain = [group for group in sets if group.stem == stem]
         for wanted in (
@@ -208,6 +228,8 @@ def read_index(path: Path) -> dict[str, str]:
 
 def complete(folder: Path, group: WeightSet) -> list[str]:
     """The files of a set without index, once the shard numbers in their names are all there."""
+    if group.files == TWO_FILES:
+        return list(group.files)
     numbers: dict[int, str] = {}
     for name in group.files:
         found = _SHARD.fullmatch(name)
@@ -289,12 +311,18 @@ def _last(name: str) -> str:
     return "/".join(parts[-2:] if parts[-1] in PIPELINE_MODELS else parts[-1:])
 
 
+def is_declaration(name: str) -> bool:
+    """Whether a file tells what the weights of its folder are."""
+    return name in CONFIG_NAMES or (name.startswith(DESCRIPTION) and name.endswith(".json"))
+
+
 def list_checkpoints(roots: Sequence[str]) -> list[str]:
     """Relative names (with ``/``) of all that :func:`resolve` and :func:`open_source` take.
 
     Folders that are one checkpoint (with a config, an index, or shards alone) are listed once, as
-    the folder; pipelines as their diffusion models; all other weight files one by one, a set of
-    shards as its first file. Hidden folders and dangling links are left out. No file is opened.
+    the folder, beside a mixed one's files; pipelines as their diffusion models; all other weight
+    files one by one, a set of shards as its first file. Hidden folders and dangling links are left
+    out. No file is opened.
     """
     return sorted({name for root in roots for name in _walk(str(root))})
 
@@ -335,12 +363,13 @@ def _walk(root: str) -> Iterator[str]:
         weights = [group for group in sets if group.files]
         if not weights:
             continue
-        declared = any(name in files for name in CONFIG_NAMES) or any(g.index for g in sets)
+        declared = any(is_declaration(name) for name in files) or any(g.index for g in sets)
         alone = len(sets) == 1 and sets[0].total > 1
         as_folder = in_pipeline or (folder != root and not pipeline and (declared or alone))
-        if as_folder and choose(sets) is not None:
+        chosen = choose(sets) if as_folder else None
+        if chosen is not None:
             yield relative
-        else:
+        if chosen is None or (is_mixed(chosen) and len(weights) > 1):  # each can be asked for
             prefix = "" if folder == root else relative + "/"
             yield from (prefix + group.files[0] for group in weights)
 

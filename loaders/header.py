@@ -67,7 +67,10 @@ _PICKLE = (
     "pickle files can run code when they are read and are never opened here: get the "
     ".safetensors form of this model, or convert it on a machine where you trust the file"
 )
-_GGUF = "open GGUF files with a GGUF loader node, or get the .safetensors form of this model"
+_GGUF = (
+    "open GGUF files with the nodes of ComfyUI-GGUF (city96), or get the .safetensors form of this "
+    "model"
+)
 _ONNX = "ONNX holds a compiled graph, not a checkpoint: get the .safetensors form of this model"
 
 # Suffix of a file that is never opened -> what to do instead.

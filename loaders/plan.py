@@ -14,17 +14,35 @@ from pathlib import Path
 from typing import Any
 
 from ..quant.errors import LowBitError
-from .detect import Detection, detect_scheme
+from .detect import Detection, detect_scheme, metadata_object
 from .families import Family, Move, detect_family, unused
 from .folder import PIPELINE_INDEX
 from .header import read_json
-from .schemes import comfy, lowbit, sdnq
-from .schemes.base import Contents, Entry
+from .schemes import bitsandbytes, comfy, lowbit, modelopt, modelslim, quanto, sdnq, svdq, torchao
+from .schemes.base import Contents, Entry, SchemeOptions, ShapeOf
 from .source import Source, open_source
 
 __all__ = ["SCHEMES", "Plan", "make_plan"]
 
-READERS = {"sdnq": sdnq.read, "lowbit": lowbit.read, "comfy": comfy.read}
+Reader = Callable[[Source, ShapeOf | None, SchemeOptions], Contents]
+
+
+def _without_options(read: Callable[[Source, ShapeOf | None], Contents]) -> Reader:
+    return lambda source, shape_of, _: read(source, shape_of)
+
+
+READERS: dict[str, Reader] = {
+    "sdnq": _without_options(sdnq.read),
+    "svdq": svdq.read,
+    "modelopt": modelopt.read,
+    "fp8": modelopt.read,
+    "modelslim": _without_options(modelslim.read),
+    "bitsandbytes": _without_options(bitsandbytes.read),
+    "torchao": _without_options(torchao.read),
+    "quanto": _without_options(quanto.read),
+    "lowbit": _without_options(lowbit.read),
+    "comfy": _without_options(comfy.read),
+}
 SCHEMES = ("auto", *READERS)
 """Values of the loader's ``scheme`` input."""
 
@@ -87,6 +105,7 @@ def make_plan(
     path: str | Path,
     scheme: str = "auto",
     *,
+    options: SchemeOptions | None = None,
     native_shapes: NativeShapes | None = None,
 ) -> Plan:
     """Read headers and configs and decide everything.
@@ -94,6 +113,7 @@ def make_plan(
     Args:
         path: A file or folder.
         scheme: "auto" or the scheme that the user insists on.
+        options: What else the user insists on.
         native_shapes: Gives the shapes of the host's model, for the few layers whose own tensors
             do not tell theirs.
 
@@ -104,11 +124,12 @@ def make_plan(
     try:
         detection = detect_scheme(source, scheme)
         config = _config(source)
+        options = options or SchemeOptions()
         reader = READERS[detection.scheme]
-        contents = reader(source)
+        contents = reader(source, None, options)
         if any(entry.shape is None or entry.doubtful for entry in contents.entries.values()):
             told = _told_shapes(contents, source, config, native_shapes)
-            contents = reader(source, told.get)
+            contents = reader(source, told.get, options)
         family, evidence, moves, ignored = _map(contents, source, config)
     except BaseException:
         source.close()
@@ -117,12 +138,18 @@ def make_plan(
 
 
 def _config(source: Source) -> dict[str, Any]:
-    """The component's config with its pipeline's scheduler, which tells what a UNet predicts."""
+    """The component's config with its pipeline's scheduler, which tells what a UNet predicts.
+
+    Nunchaku's single files have the config in their header.
+    """
+    config = source.config
+    if not config and "model_class" in source.metadata:
+        config = metadata_object(source, "config")
     pipeline = source.path.parent
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     if source.path.is_dir() and (pipeline / PIPELINE_INDEX).is_file() and scheduler.is_file():
-        return {**source.config, "scheduler": read_json(scheduler)}
-    return dict(source.config)
+        return {**config, "scheduler": read_json(scheduler)}
+    return dict(config)
 
 
 def _map(contents: Contents, source: Source, config: Mapping[str, Any]):
@@ -177,7 +204,11 @@ def _told_shapes(
     entries = contents.entries
     wanted: dict[str, tuple[int, ...] | None] = {}
     for move in moves:
-        shapes = [entries[piece.key].shape for piece in move.pieces]
+        shapes = [
+            (piece.rows[1], *shape[1:]) if piece.rows and shape else shape
+            for piece in move.pieces
+            for shape in [entries[piece.key].shape]
+        ]
         if None in shapes:
             wanted[move.native] = None
         elif move.axis in ("single", "sum"):
@@ -207,9 +238,9 @@ def _told_shapes(
         if shape is None:
             continue
         if move.axis == "single":
-            key = move.pieces[0].key
-            if unknown or entries[key].doubtful:
-                told[key] = shape
+            piece = move.pieces[0]
+            if unknown or (entries[piece.key].doubtful and piece.rows is None):
+                told[piece.key] = shape
         elif unknown and move.axis == "rows" and all(piece.rows is None for piece in move.pieces):
             known = sum(entries[p.key].shape[0] for p in move.pieces if entries[p.key].shape)
             share, rest = divmod(shape[0] - known, len(unknown))

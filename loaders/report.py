@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.registry import registry
-from .layouts.dispatch import decide
+from .layouts.dispatch import capability_of, decide
+from .layouts.native import native_format
 from .plan import Plan
 
 __all__ = ["DeviceFacts", "InspectReport", "inspect"]
@@ -44,6 +45,9 @@ class InspectReport:
     Attributes:
         scheme, family: What was detected.
         evidence: Why.
+        facts: ``{label: text}``, what the scheme tells of the file: SVDQuant its precision, ranks,
+            unsigned and W4A16 layers, and what the file says of itself.
+        notes: ``{what was decided or assumed, by which evidence: layers}``.
         formats: ``{format: (tensors, elements, bytes)}``.
         weight_bytes: Bytes as loaded.
         float_bytes: Bytes of the same model in bf16.
@@ -55,6 +59,8 @@ class InspectReport:
     scheme: str
     family: str
     evidence: tuple[str, ...]
+    facts: dict[str, str]
+    notes: dict[str, int]
     formats: dict[str, tuple[int, int, int]]
     weight_bytes: int
     float_bytes: int
@@ -83,11 +89,12 @@ def inspect(
     float_bytes = plan.float_bytes()
     kernels = _kernels(plan, facts, matmul, backend, dtype)
     verdict, why = _verdict(weight_bytes, facts)
+    told = {label: text for label, text in plan.contents.facts.items() if text}
     lines = [
         f"{plan.path.name}",
         f"scheme: {plan.detection.scheme} ({'; '.join(plan.detection.evidence)})",
         f"family: {plan.family.display} ({plan.evidence})",
-        *(f"{label}: {text}" for label, text in plan.contents.facts.items() if text),
+        *(f"{label}: {text}" for label, text in told.items()),
         "",
         f"size: {_size(weight_bytes)}, {_ratio(weight_bytes, float_bytes)} of bf16 "
         f"({_size(float_bytes)})",
@@ -106,6 +113,8 @@ def inspect(
         plan.detection.scheme,
         plan.family.display,
         plan.detection.evidence,
+        told,
+        dict(notes),
         formats,
         weight_bytes,
         float_bytes,
@@ -130,8 +139,14 @@ def _kernels(
     """What runs, told once for all layers of a format that run alike."""
     lines: Counter[tuple] = Counter()
     reasons: dict[tuple, str] = defaultdict(str)
-    parts = [part for entry in plan.quantized() for part in entry.parts]
-    for spec, wish in parts:
+    fused = {p.key for move in plan.moves if len(move.pieces) > 1 for p in move.pieces}
+    handed: Counter[str] = Counter()
+    capability = capability_of(facts.device)
+    for entry, (spec, wish) in [(e, part) for e in plan.quantized() for part in e.parts]:
+        native = native_format([(spec, wish)], matmul, backend, capability)
+        if native is not None and entry.key not in fused and len(entry.parts) == 1:
+            handed[f"{spec.format.name}: faithful matmul, by ComfyUI's own {native}"] += 1
+            continue
         decision = decide(spec, wish, matmul, backend, facts.device, dtype)
         by = decision.choice.implementation.backend
         key = (spec.format.name, decision.mode, by, decision.reason or "")
@@ -139,7 +154,7 @@ def _kernels(
         reasons[key] = decision.reason or "; ".join(
             f"not {name}: {why}" for name, why in decision.choice.refused
         )
-    told = {}
+    told = dict(handed)
     for (format_, mode, by, _), count in lines.most_common():
         text = "dequantized, then a float matmul" if mode == "dequantize" else f"{mode} matmul"
         native = "emulated in eager torch" if by == "reference" else f"by {by}"

@@ -1,14 +1,13 @@
 """A plan's tensors under ComfyUI's names, layer by layer.
 
-Codes of a layer that is one part stay memory-mapped; what must be joined or turned is copied, one
-layer at a time.
-Equal parts of a fused layer are concatenated exactly; unequal ones (other formats, a low-rank
-branch or scale of their own) keep their form side by side in one composite. Nothing is rounded.
+Codes stay memory-mapped; what must be turned is copied, one layer at a time. The parts of a fused
+layer stand side by side in one composite, each in its own form. Nothing is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from ..kernels.reference import dequantize
 from ..kernels.spec import WeightSpec
 from ..quant.dtypes import get_format
 from ..quant.errors import LowBitError
-from ..quant.weight import QuantizedWeight, concat_rows, swap_halves, take_rows
+from ..quant.weight import QuantizedWeight, swap_halves, take_rows
 from .families import Move, Piece
 from .layouts import composite
 from .plan import Plan
@@ -55,31 +54,65 @@ def translate(
     Raises:
         LowBitError: A tensor cannot be read or its parts do not fit together.
     """
+    _check_zeros(plan)
+    read = _reader(plan)
     for move in plan.moves:
         try:
-            yield move.native, _made(plan, move, settings), tuple(p.key for p in move.pieces)
+            yield move.native, _made(plan, move, settings, read), tuple(p.key for p in move.pieces)
         except LowBitError as error:
             raise error.located(file=plan.path, layer=move.pieces[0].key) from None
     for native, tensor in plan.family.extras(set(plan.entries), plan.config).items():
         yield native, tensor, ()
 
 
-def _made(plan: Plan, move: Move, settings: Settings) -> torch.Tensor:
-    parts = [(piece, plan.entries[piece.key].read()) for piece in move.pieces]
+def _check_zeros(plan: Plan) -> None:
+    """Tensors that were left out because they are zero are zero."""
+    for key in sorted(plan.family.zeros(set(plan.entries), plan.config)):
+        value = plan.entries[key].read()
+        if value.count_nonzero():
+            raise LowBitError(
+                "The checkpoint holds values that ComfyUI's model has no place for.",
+                file=plan.path,
+                layer=key,
+                found=f"values up to {value.abs().max().item():g}",
+                expected=f"zeros: {plan.ignored[key]}",
+                remedy="The file may be of a newer variant of the model than this pack knows: "
+                "please report its name.",
+            )
+
+
+def _reader(plan: Plan) -> Callable[[str], torch.Tensor | QuantizedWeight]:
+    """Reads tensors; one that is taken apart into several is kept until the next is read."""
+    uses = Counter(piece.key for move in plan.moves for piece in move.pieces)
+    kept: dict[str, torch.Tensor | QuantizedWeight] = {}
+
+    def read(key: str) -> torch.Tensor | QuantizedWeight:
+        if key in kept:
+            return kept[key]
+        kept.clear()
+        value = plan.entries[key].read()
+        if uses[key] > 1:
+            kept[key] = value
+        return value
+
+    return read
+
+
+def _made(plan: Plan, move: Move, settings: Settings, read: Callable) -> torch.Tensor:
+    parts = [(piece, read(piece.key)) for piece in move.pieces]
     if all(isinstance(value, torch.Tensor) for _, value in parts):
         return _plain(move, [_float_piece(piece, value) for piece, value in parts])
     if len(parts) == 1 and isinstance(parts[0][1], CompositeWeight):
         piece, value = parts[0]
         if piece.rows is None and piece.op is None and not settings.expand:
             if settings.scale_dtype is None:
-                return composite.wrap(value.buffer, value.spec, settings.dtype, value.side)
+                return composite.wrap(value.held, value.spec, settings.dtype)
             cast = [(name, _cast(weight, settings), wish) for name, weight, wish in value.parts()]
             return composite.build(cast, settings.dtype, value.spec.axis)
     weights = [
         (piece.key.removesuffix(".weight"), _quantized_piece(piece, value, settings))
         for piece, value in parts
     ]
-    wishes = {plan.entries[piece.key].wish for piece, _ in parts}
     if move.axis == "sum":
         raise LowBitError(
             "A quantized layer would have to be added to another one.",
@@ -87,18 +120,11 @@ def _made(plan: Plan, move: Move, settings: Settings) -> torch.Tensor:
             expected="parts that stand side by side",
             remedy="Please report the checkpoint's name.",
         )
-    axis = 1 if move.axis == "columns" else 0
-    joined = None
-    if axis == 0 and len(weights) > 1 and len(wishes) == 1:
-        joined = concat_rows([weight for _, weight in weights])
-    if joined is not None:
-        named = [("+".join(name for name, _ in weights), joined, wishes.pop())]
-    else:
-        named = [
-            (name, weight, plan.entries[piece.key].wish)
-            for (name, weight), (piece, _) in zip(weights, parts, strict=True)
-        ]
-    return composite.build(named, settings.dtype, axis)
+    named = [
+        (name, weight, plan.entries[piece.key].wish)
+        for (name, weight), (piece, _) in zip(weights, parts, strict=True)
+    ]
+    return composite.build(named, settings.dtype, 1 if move.axis == "columns" else 0)
 
 
 def _plain(move: Move, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -124,7 +150,7 @@ def _quantized_piece(piece: Piece, value, settings: Settings) -> QuantizedWeight
     if isinstance(value, CompositeWeight):
         (_, weight, _), *others = value.parts()
         if others and settings.expand:
-            weight = _dense(composite.dequantize(value.buffer, value.spec, torch.float32))
+            weight = _dense(composite.dequantize(value.held, value.spec, torch.float32))
         elif others:
             raise LowBitError(
                 "A saved layer of several parts cannot be taken apart again.",

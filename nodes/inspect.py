@@ -9,8 +9,10 @@ from ..loaders.host.devices import device_facts
 from ..loaders.layouts.dispatch import MATMUL_MODES
 from ..loaders.plan import make_plan
 from ..loaders.report import inspect
+from ..loaders.schemes.base import SchemeOptions
 from ..quant.errors import LowBitError
 from .checkpoints import diffusion_models, fingerprint, path_of
+from .inputs import scheme_inputs
 
 __all__ = ["LowBitInspect", "Report"]
 
@@ -31,7 +33,13 @@ class LowBitInspect(io.ComfyNode):
                 "sizes, which kernel each kind of layer would run on this device and why, and "
                 "whether it fits, streams or is too big. Loads no weights."
             ),
-            search_aliases=["quantization info", "checkpoint info", "sdnq info", "metadata"],
+            search_aliases=[
+                "quantization info",
+                "checkpoint info",
+                "sdnq info",
+                "svdquant info",
+                "metadata",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -49,6 +57,7 @@ class LowBitInspect(io.ComfyNode):
                     advanced=True,
                     tooltip="The loader's matmul input that the kernels are told for.",
                 ),
+                *scheme_inputs(),
             ],
             outputs=[
                 Report.Output(tooltip="The facts, for other LowBit nodes."),
@@ -58,7 +67,7 @@ class LowBitInspect(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: str) -> str:
+    def fingerprint_inputs(cls, model: str, **_: str | int) -> str:
         """Reads again when the file was replaced."""
         try:
             return fingerprint(model)
@@ -66,9 +75,18 @@ class LowBitInspect(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def execute(cls, model: str, matmul: str = "auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        model: str,
+        matmul: str = "auto",
+        svdq_precision: str = "auto",
+        svdq_rank: int = 0,
+        act_unsigned: str = "auto",
+        nvfp4_layout: str = "auto",
+    ) -> io.NodeOutput:
         """Plan and tell."""
-        plan = make_plan(path_of(model), native_shapes=native_shapes)
+        options = SchemeOptions(svdq_precision, svdq_rank, act_unsigned, nvfp4_layout)
+        plan = make_plan(path_of(model), options=options, native_shapes=native_shapes)
         try:
             report = inspect(plan, device_facts(), matmul)
         finally:

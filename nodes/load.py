@@ -10,6 +10,7 @@ from ..loaders.layouts.dispatch import MATMUL_MODES
 from ..loaders.plan import SCHEMES
 from ..quant.errors import LowBitError
 from .checkpoints import diffusion_models, fingerprint, path_of
+from .inputs import scheme_inputs
 
 __all__ = ["LowBitLoadDiffusionModel"]
 
@@ -24,11 +25,24 @@ class LowBitLoadDiffusionModel(io.ComfyNode):
             display_name="Load Quantized Diffusion Model",
             category="LowBit/loaders",
             description=(
-                "Opens a quantized diffusion checkpoint (SDNQ, ComfyUI's own formats, or plain) as "
-                "an ordinary MODEL for every sampler, LoRA and ControlNet node. Scheme and model "
-                "family are told from the file."
+                "Opens a quantized diffusion checkpoint (SDNQ, SVDQuant / Nunchaku, NVIDIA "
+                "ModelOpt, ComfyUI's own formats, or plain) as an ordinary MODEL for every "
+                "sampler, LoRA and ControlNet node. Scheme and model family are told from the file."
             ),
-            search_aliases=["sdnq", "quantized", "int8", "fp8", "uint4", "low bit", "unet loader"],
+            search_aliases=[
+                "sdnq",
+                "svdquant",
+                "nunchaku",
+                "modelopt",
+                "quantized",
+                "int8",
+                "fp8",
+                "uint4",
+                "int4",
+                "nvfp4",
+                "low bit",
+                "unet loader",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model",
@@ -90,12 +104,13 @@ class LowBitLoadDiffusionModel(io.ComfyNode):
                         "cannot run here is an error that says why."
                     ),
                 ),
+                *scheme_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="An ordinary MODEL.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: str) -> str:
+    def fingerprint_inputs(cls, model: str, **_: str | int) -> str:
         """Loads again when the file was replaced."""
         try:
             return fingerprint(model)
@@ -111,7 +126,21 @@ class LowBitLoadDiffusionModel(io.ComfyNode):
         compute_dtype: str = "auto",
         dequantize_fp32: str = "auto",
         backend: str = "auto",
+        svdq_precision: str = "auto",
+        svdq_rank: int = 0,
+        act_unsigned: str = "auto",
+        nvfp4_layout: str = "auto",
     ) -> io.NodeOutput:
         """Load it."""
-        options = LoadOptions(scheme, matmul, compute_dtype, dequantize_fp32, backend)
+        options = LoadOptions(
+            scheme,
+            matmul,
+            compute_dtype,
+            dequantize_fp32,
+            backend,
+            svdq_precision,
+            svdq_rank,
+            act_unsigned,
+            nvfp4_layout,
+        )
         return io.NodeOutput(load_diffusion_model(str(path_of(model)), options))

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .auraflow import AuraFlow
-from .base import Family, Move, Piece, Rule, Shapes, split_prefix
+from .base import Family, Move, Piece, Rule, Shapes, Split, split_prefix
 from .chroma import Chroma
 from .flux import Flux
 from .flux2 import Flux2
 from .native import Native
 from .pixart import PixArt
 from .qwen_image import QwenImage
+from .refused import refuse
 from .sd3 import SD3
 from .sdxl import SDUNet
 from .wan import Wan
@@ -28,6 +29,7 @@ __all__ = [
     "Piece",
     "Rule",
     "Shapes",
+    "Split",
     "detect_family",
     "split_prefix",
     "unused",
@@ -62,9 +64,13 @@ def detect_family(
 
     Returns:
         The family and a sentence on why; ``(None, reason)`` for a checkpoint without tensors.
+
+    Raises:
+        LowBitError: The checkpoint is of a model that is known not to be ComfyUI's.
     """
     if not keys:
         return None, "no tensors"
+    refuse(keys, config, (family.display for family in FAMILIES if family.classes))
     for family in FAMILIES:
         evidence = family.matches(keys, config, shapes)
         if evidence is not None:

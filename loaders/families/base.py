@@ -7,6 +7,7 @@ logical shapes alone (no tensor is read):
 ``matches``     is this checkpoint of my kind, and by which evidence
 ``moves``       which tensors of the file make up each tensor of ComfyUI's model
 ``ignored``     tensors of the file that ComfyUI's model has no place for, and why
+``zeros``       those of them that change nothing because they are zero, which loading checks
 ``extras``      small tensors that ComfyUI expects and the file does not hold
 ``optional``    names in ComfyUI's model that a complete checkpoint need not fill, and why
 ==============  ================================================================================
@@ -19,6 +20,9 @@ Operations on a piece (``Piece.op``), each of which every scheme can do without 
 
 ``swap_halves``  exchange the upper and the lower half of the rows: where one side says
                  (scale, shift) and the other (shift, scale)
+
+One tensor of the file may fill several native ones (``Split``): a fused projection that ComfyUI
+keeps apart is taken apart by its rows, in equal shares.
 
 No family here needs a piece reshaped: ComfyUI reads 1x1 convolutions and linear layers alike from
 the shape that the file has.
@@ -43,13 +47,18 @@ __all__ = [
     "Piece",
     "Rule",
     "Shapes",
+    "Split",
     "apply_rule",
+    "apply_split",
     "identity",
     "join",
     "split_prefix",
+    "take_apart",
 ]
 
 Shapes = Callable[[str], tuple[int, ...]]
+Name = str | tuple[str, ...]
+"""A name in the file; several are spellings of one name, of which a file uses one."""
 
 OPS = ("swap_halves",)
 AXES = ("single", "rows", "columns", "sum")
@@ -120,14 +129,30 @@ class Rule:
 
     Args:
         sources: Names in the file, without ``.weight`` or ``.bias``; more than one are fused
-            along the rows, in order. ``{}`` stands for a block's number, once in each name.
+            along ``axis``, in order. ``{}`` stands for a block's number, once in each name.
         native: The name in ComfyUI's model, with as many ``{}``.
         op: As ``Piece.op``.
+        axis: ``rows``, or ``columns`` for parts that each see some of the inputs: their weights
+            stand side by side, their biases (which not every part need have) are added.
     """
 
-    sources: tuple[str, ...]
+    sources: tuple[Name, ...]
     native: str
     op: str | None = None
+    axis: str = "rows"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One line of a family's table: a fused module of the file that ComfyUI keeps apart.
+
+    Args:
+        source: The name in the file, as in ``Rule.sources``.
+        natives: The names in ComfyUI's model, in the order of the rows, which they share evenly.
+    """
+
+    source: Name
+    natives: tuple[str, ...]
 
 
 def split_prefix(keys: Iterable[str]) -> tuple[str, dict[str, str]]:
@@ -155,7 +180,8 @@ class Family:
         name: Short name, used in reports and by other modules.
         display: Name for people.
         classes: Values of ``_class_name`` in config.json that support the match.
-        signature: Keys (without prefix) that together are found in this family alone.
+        signature: Keys (without prefix) that together are found in this family alone; of a tuple
+            of spellings, one is enough.
         rules: The map.
         optional: Native names that may stay unfilled, with the reason.
     """
@@ -163,8 +189,8 @@ class Family:
     name: str
     display: str
     classes: tuple[str, ...] = ()
-    signature: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    signature: tuple[Name, ...] = ()
+    rules: tuple[Rule | Split, ...] = ()
     optional: ClassVar[Mapping[str, str]] = {}
 
     def __repr__(self) -> str:
@@ -175,9 +201,13 @@ class Family:
     def matches(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> str | None:
         """Evidence that a checkpoint is of this family, or None."""
         prefix, _ = split_prefix(keys)
-        if not self.signature or not all(prefix + key in keys for key in self.signature):
+        found = [
+            next((key for key in _spellings(name) if prefix + key in keys), None)
+            for name in self.signature
+        ]
+        if not found or None in found:
             return None
-        evidence = "keys " + ", ".join(prefix + key for key in self.signature)
+        evidence = "keys " + ", ".join(prefix + key for key in found)
         named = config.get("_class_name")
         if named in self.classes:
             evidence += f"; config.json names {named}"
@@ -198,13 +228,7 @@ class Family:
         for move in found:
             if move.native in taken:
                 both = [piece.key for m in (taken[move.native], move) for piece in m.pieces]
-                raise LowBitError(
-                    "Two layers of the checkpoint claim the same place in the model.",
-                    layer=move.native,
-                    found=", ".join(prefix + key for key in both),
-                    expected="one of them",
-                    remedy="The file mixes two naming schemes; get it from its source again.",
-                )
+                raise _clash(move.native, [prefix + key for key in both])
             taken[move.native] = move
         if not prefix:
             return found
@@ -219,6 +243,10 @@ class Family:
         """Keys that are left out, with the reason for each."""
         return split_prefix(keys)[1]
 
+    def zeros(self, keys: set[str], config: Mapping[str, Any]) -> set[str]:
+        """Those of the ignored keys that may be left out only where every value is zero."""
+        return set()
+
     def extras(self, keys: set[str], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Native names and tensors to add, because ComfyUI reads something from their presence."""
         return {}
@@ -226,41 +254,95 @@ class Family:
     # what a subclass may replace; keys are without prefix
 
     def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:
-        return [move for rule in self.rules for move in apply_rule(rule, keys)]
+        made = []
+        for rule in self.rules:
+            if isinstance(rule, Split):
+                made += apply_split(rule, keys, shapes)
+            else:
+                made += apply_rule(rule, keys)
+        return made
 
 
 def apply_rule(rule: Rule, keys: set[str]) -> list[Move]:
     """The moves that one rule gives for a set of keys: none where no source is there."""
     made = []
     for number in _numbers(rule.sources[0], keys):
-        sources = [source.replace("{}", number) for source in rule.sources]
+        sources = [_numbered(source, number) for source in rule.sources]
         native = rule.native.replace("{}", number)
         for end in ENDS:
-            move = join(native + end, [source + end for source in sources], keys, rule.op)
+            parts = [tuple(name + end for name in source) for source in sources]
+            move = join(native + end, parts, keys, rule.op, rule.axis)
             if move is not None:
                 made.append(move)
     return made
 
 
-def join(native: str, sources: list[str], keys: set[str], op: str | None = None) -> Move | None:
-    """A move that concatenates ``sources`` along the rows; None when none of them is there.
+def apply_split(split: Split, keys: set[str], shapes: Shapes) -> list[Move]:
+    """The moves that take a fused module apart: none where the file has none."""
+    made = []
+    for number in _numbers(split.source, keys):
+        source = _numbered(split.source, number)
+        natives = [native.replace("{}", number) for native in split.natives]
+        for end in ENDS:
+            key = _chosen(natives[0] + end, tuple(name + end for name in source), keys)
+            if key is not None:
+                made += take_apart(key, [native + end for native in natives], shapes)
+    return made
+
+
+def take_apart(key: str, natives: list[str], shapes: Shapes) -> list[Move]:
+    """Moves that share the rows of one tensor evenly, in order.
 
     Raises:
-        LowBitError: Some sources are there and others are not.
+        LowBitError: The rows cannot be shared evenly.
     """
-    absent = [source for source in sources if source not in keys]
-    if len(absent) == len(sources):
+    rows = (shapes(key) or (0,))[0]
+    share, rest = divmod(rows, len(natives))
+    if rest or not share:
+        raise LowBitError(
+            "A fused layer of the checkpoint cannot be taken apart.",
+            layer=key,
+            found=f"{rows} rows",
+            expected=f"{len(natives)} equal parts, for {', '.join(natives)}",
+            remedy="The checkpoint does not have the architecture that its names say.",
+        )
+    return [
+        Move(native, (Piece(key, rows=(number * share, share)),))
+        for number, native in enumerate(natives)
+    ]
+
+
+def join(
+    native: str,
+    sources: list[Name],
+    keys: set[str],
+    op: str | None = None,
+    axis: str = "rows",
+) -> Move | None:
+    """A move that puts ``sources`` together; None when none of them is there.
+
+    Raises:
+        LowBitError: Some sources are there and others are not, or one is there twice.
+    """
+    found = [_chosen(native, source, keys) for source in sources]
+    present = [key for key in found if key is not None]
+    if not present:
         return None
-    if absent:
+    if axis == "columns" and native.endswith(".bias"):
+        axis = "sum"
+    elif len(present) < len(found):
         raise LowBitError(
             "A layer that ComfyUI keeps fused lacks a part in the checkpoint.",
             layer=native,
-            found=", ".join(source for source in sources if source in keys),
-            expected=", ".join(sources),
+            found=", ".join(present),
+            expected=", ".join(
+                key or " or ".join(_spellings(source))
+                for key, source in zip(found, sources, strict=True)
+            ),
             remedy="The file is incomplete: get it from its source again.",
         )
-    pieces = tuple(Piece(source, op=op) for source in sources)
-    return Move(native, pieces, "single" if len(pieces) == 1 else "rows")
+    pieces = tuple(Piece(key, op=op) for key in present)
+    return Move(native, pieces, "single" if len(pieces) == 1 else axis)
 
 
 def identity(keys: set[str]) -> list[Move]:
@@ -268,9 +350,36 @@ def identity(keys: set[str]) -> list[Move]:
     return [Move(key, (Piece(key),)) for key in sorted(keys)]
 
 
-def _numbers(source: str, keys: set[str]) -> list[str]:
+def _spellings(name: Name) -> tuple[str, ...]:
+    return (name,) if isinstance(name, str) else name
+
+
+def _numbered(name: Name, number: str) -> tuple[str, ...]:
+    """The spellings of a name in one block."""
+    return tuple(spelling.replace("{}", number) for spelling in _spellings(name))
+
+
+def _chosen(native: str, name: Name, keys: set[str]) -> str | None:
+    """The spelling that the file uses, None when it has none."""
+    found = [spelling for spelling in _spellings(name) if spelling in keys]
+    if len(found) > 1:
+        raise _clash(native, found)
+    return found[0] if found else None
+
+
+def _clash(native: str, keys: list[str]) -> LowBitError:
+    return LowBitError(
+        "Two layers of the checkpoint claim the same place in the model.",
+        layer=native,
+        found=", ".join(keys),
+        expected="one of them",
+        remedy="The file mixes two naming schemes; get it from its source again.",
+    )
+
+
+def _numbers(source: Name, keys: set[str]) -> list[str]:
     """Block numbers that occur where ``source`` has ``{}``; one empty one when it has none."""
-    head, mark, _ = source.partition("{}")
+    head, mark, _ = _spellings(source)[0].partition("{}")
     if not mark:
         return [""]
     heads = {key[len(head) :].partition(".")[0] for key in keys if key.startswith(head)}

@@ -1,5 +1,14 @@
 """Qwen-Image, -Edit, -Edit-2509, -Edit-2511, -2512 and -Layered: both sides use the same names.
 
+SVDQuant checkpoints fuse what ComfyUI keeps apart; each part has a third of the rows:
+
+==============================  ==========================================
+Nunchaku                        ComfyUI
+==============================  ==========================================
+attn.to_qkv                     attn.to_q, attn.to_k, attn.to_v
+attn.add_qkv_proj               attn.add_q_proj, add_k_proj, add_v_proj
+==============================  ==========================================
+
 Two variants differ in what ComfyUI has to be told:
 
 ========================  =========================================================================
@@ -17,11 +26,14 @@ from typing import Any
 
 import torch
 
-from .base import Family, Move, Shapes, identity
+from .base import Family, Move, Shapes, Split, identity
+from .flux import CONTEXT_QKV, in_block
 
 __all__ = ["QwenImage"]
 
 TIMESTEP_ZERO = "__index_timestep_zero__"
+
+BLOCKS = "transformer_blocks"
 
 
 class QwenImage(Family):
@@ -34,11 +46,23 @@ class QwenImage(Family):
         "txt_norm.weight",
         "img_in.weight",
         "transformer_blocks.0.img_mod.1.weight",
-        "transformer_blocks.0.attn.add_q_proj.weight",
+        tuple(f"{BLOCKS}.0.{name}.weight" for name in ("attn.add_q_proj", *CONTEXT_QKV)),
+    )
+    rules = (
+        Split(
+            in_block(BLOCKS, "attn.to_qkv"),
+            in_block(BLOCKS, "attn.to_q", "attn.to_k", "attn.to_v"),
+        ),
+        Split(
+            in_block(BLOCKS, *CONTEXT_QKV),
+            in_block(BLOCKS, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        ),
     )
 
     def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:
-        return identity(keys)
+        made = super()._moves(keys, config, shapes)
+        fused = {piece.key for move in made for piece in move.pieces}
+        return made + identity(keys - fused)
 
     def extras(self, keys: set[str], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         told = any(key.endswith(TIMESTEP_ZERO) for key in keys)

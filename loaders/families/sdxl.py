@@ -4,6 +4,9 @@ By ComfyUI's own map (``unet_to_diffusers``). ComfyUI builds that map from the s
 model and finds the structure by comparing with a list of known models; here it is counted from
 the keys, so that every UNet made of these blocks is read. Linear and 1x1-convolution projections
 both occur; ComfyUI tells them apart by shape.
+
+SVDQuant checkpoints fuse q, k and v of self-attention as ``attn1.to_qkv``; ComfyUI has a third of
+the rows in each of ``attn1.to_q``, ``to_k`` and ``to_v``.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from typing import Any
 import torch
 
 from ..host import maps
-from .base import Shapes
-from .mapped import MappedFamily, count
+from .base import Move, Shapes, take_apart
+from .mapped import MappedFamily, count, moves_from
 
 __all__ = ["SDUNet"]
+
+FUSED = ".to_qkv."
 
 
 class SDUNet(MappedFamily):
@@ -35,6 +40,15 @@ class SDUNet(MappedFamily):
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
         return maps.native_names("unet", structure(keys))
+
+    def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:
+        table = self._table(keys, shapes)
+        made = moves_from(table, keys, shapes)
+        for key in sorted(key for key in keys if FUSED in key):
+            parts = [table.get(key.replace(FUSED, f".to_{part}.")) for part in "qkv"]
+            if None not in parts:
+                made += take_apart(key, [part.native for part in parts], shapes)
+        return made
 
     def extras(self, keys: set[str], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """``v_pred`` and ``ztsnr``, where the pipeline's scheduler says so.

@@ -1,4 +1,4 @@
-"""Z-Image and Lumina Image 2.0, diffusers names: one model class in ComfyUI.
+"""Z-Image and Lumina Image 2.0, diffusers and Nunchaku names: one model class in ComfyUI.
 
 Three or four stacks of like blocks (``layers``, ``noise_refiner``, ``context_refiner`` and, in
 Z-Image Omni, ``siglip_refiner``). q, k and v are fused along the rows; in Lumina 2 k and v have
@@ -14,11 +14,23 @@ feed_forward.w1,w2,w3           feed_forward.linear_1,2,3      feed_forward.w1,w
 all_x_embedder.2-1              x_embedder                     x_embedder
 all_final_layer.2-1.linear      norm_out.linear_2              final_layer.linear
 ==============================  =============================  ===================================
+
+SVDQuant checkpoints of Z-Image fuse what ComfyUI fuses, and what it does not. Their refiners may
+be unquantized, and then have q, k and v apart, but their feed-forward layers fused:
+
+==============================  ==================================================================
+Nunchaku                        ComfyUI
+==============================  ==================================================================
+attention.to_qkv                attention.qkv
+feed_forward.net.0.proj         feed_forward.w3 (upper rows), feed_forward.w1 (lower rows)
+feed_forward.net.2              feed_forward.w2
+==============================  ==================================================================
 """
 
 from __future__ import annotations
 
-from .base import Family, Rule
+from .base import Family, Rule, Split
+from .flux import in_block
 
 __all__ = ["Lumina2", "ZImage"]
 
@@ -35,6 +47,18 @@ def attention(stack: str, source: str) -> tuple[Rule, ...]:
         Rule((f"{stack}.{{}}.{source}.to_out.0",), f"{stack}.{{}}.attention.out"),
         Rule((f"{stack}.{{}}.{source}.norm_q",), f"{stack}.{{}}.attention.q_norm"),
         Rule((f"{stack}.{{}}.{source}.norm_k",), f"{stack}.{{}}.attention.k_norm"),
+    )
+
+
+def fused(stack: str) -> tuple[Rule | Split, ...]:
+    """Rules for the layers of a stack that SVDQuant checkpoints fuse."""
+    return (
+        Rule(in_block(stack, "attention.to_qkv"), f"{stack}.{{}}.attention.qkv"),
+        Split(
+            in_block(stack, "feed_forward.net.0.proj"),
+            in_block(stack, "feed_forward.w3", "feed_forward.w1"),
+        ),
+        Rule(in_block(stack, "feed_forward.net.2"), f"{stack}.{{}}.feed_forward.w2"),
     )
 
 
@@ -60,10 +84,11 @@ class ZImage(Family):
     signature = (
         "all_x_embedder.2-1.weight",
         "cap_embedder.1.weight",
-        "noise_refiner.0.attention.to_q.weight",
+        ("noise_refiner.0.attention.to_q.weight", "noise_refiner.0.attention.to_qkv.weight"),
     )
     rules = (
         *(rule for stack in STACKS for rule in attention(stack, "attention")),
+        *(rule for stack in STACKS for rule in fused(stack)),
         *same(
             *(
                 f"{stack}.{{}}.{name}"

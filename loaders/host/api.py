@@ -7,6 +7,7 @@ model (TorchCompileModel, device selectors, hooks) reloads this one.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -22,9 +23,12 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...kernels.registry import registry
 from ...quant.errors import LowBitError
-from ..layouts.composite import LAYOUT, CompositeSpec, marker
-from ..layouts.dispatch import decide
+from ..detect import MODEL_PREFIX
+from ..layouts.composite import BESIDE, LAYOUT, CompositeSpec, marker
+from ..layouts.dispatch import capability_of, decide
+from ..layouts.native import native_format
 from ..plan import Plan, make_plan
+from ..schemes.base import SchemeOptions
 from ..translate import Settings, translate
 from . import compat
 from .ops import make_ops
@@ -34,7 +38,8 @@ __all__ = ["COMPUTE_DTYPES", "LoadOptions", "LoadReport", "load_diffusion_model"
 compat.check()
 
 ATTACHMENT = "lowbit"
-BESIDE = (".comfy_quant", ".weight_scale", ".weight_side")  # what lies beside a weight in files
+BESIDE_NATIVE = (".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
+NOT_WEIGHTS = (".comfy_quant", *BESIDE_NATIVE, *(f".weight_{name}" for name in BESIDE))
 COMPUTE_DTYPES = {
     "auto": None,
     "bf16": torch.bfloat16,
@@ -52,6 +57,15 @@ class LoadOptions:
     compute_dtype: str = "auto"
     dequantize_fp32: str = "auto"
     backend: str = "auto"
+    svdq_precision: str = "auto"
+    svdq_rank: int = 0
+    act_unsigned: str = "auto"
+    nvfp4_layout: str = "auto"
+
+    def of_scheme(self) -> SchemeOptions:
+        """Those that the reader of a scheme asks for."""
+        names = (field.name for field in fields(SchemeOptions))
+        return SchemeOptions(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class LoadReport:
 
 
 def load_diffusion_model(
-    path: str, options: Mapping[str, str] | LoadOptions, disable_dynamic: bool = False
+    path: str, options: Mapping[str, str | int] | LoadOptions, disable_dynamic: bool = False
 ) -> ModelPatcher:
     """Open a checkpoint as a MODEL.
 
@@ -91,7 +105,7 @@ def load_diffusion_model(
     if not isinstance(options, LoadOptions):
         options = LoadOptions(**options)
     _check_backend(options)
-    plan = make_plan(path, options.scheme, native_shapes=native_shapes)
+    plan = make_plan(path, options.scheme, options=options.of_scheme(), native_shapes=native_shapes)
     try:
         if plan.detection.scheme == "comfy":
             patcher = _load_untouched(plan, options, disable_dynamic)
@@ -179,7 +193,8 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
         scale_dtype=(wished or torch.bfloat16) if options.dequantize_fp32 == "off" else None,
     )
     sd = dict(_steps(plan, settings))
-    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=plan.source.metadata)
+    metadata = _metadata(plan)
+    config = comfy.model_detection.model_config_from_unet(sd, "", metadata=metadata)
     if config is None:
         raise _unsupported(plan, f"{len(sd)} tensors, none of a known model")
     compute = wished or comfy.model_management.unet_manual_cast(
@@ -192,7 +207,7 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
         model_options["dtype"] = wished
     try:
         patcher = comfy.sd.load_diffusion_model_state_dict(
-            sd, model_options, plan.source.metadata, disable_dynamic=disable_dynamic
+            sd, model_options, metadata, disable_dynamic=disable_dynamic
         )
     except RuntimeError as error:
         raise _unsupported(plan, str(error)) from error
@@ -214,6 +229,25 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
     return patcher
 
 
+def _metadata(plan: Plan) -> dict[str, str]:
+    """The header's metadata for the host, without formats of layers that are ours by then.
+
+    The host would mark them by it; and it would fail on ModelOpt's list, which has another form.
+    """
+    metadata = dict(plan.source.metadata)
+    listed = metadata.pop("_quantization_metadata", None)
+    if listed is not None and plan.detection.scheme != "modelopt":
+        told = json.loads(listed)
+        ours = {entry.key.removesuffix(".weight") for entry in plan.quantized()}
+        told["layers"] = {
+            layer: entry
+            for layer, entry in told.get("layers", {}).items()
+            if not {layer, f"{MODEL_PREFIX}{layer}"} & ours
+        }
+        metadata["_quantization_metadata"] = json.dumps(told)
+    return metadata
+
+
 def _hand_over(
     sd: dict[str, torch.Tensor],
     plan: Plan,
@@ -225,8 +259,10 @@ def _hand_over(
 
     Where comfy-kitchen would run a layer's int8 product anyway, the layer becomes one in the
     host's own ``int8_tensorwise`` format: the same numbers, the host's own code, and a saved file
-    that the host reads without this pack.
+    that the host reads without this pack. So do FP8 and NVFP4 layers with static scales of
+    activations, where the host multiplies them on tensor cores.
     """
+    capability = capability_of(device)
     for key, weight in list(sd.items()):
         if not isinstance(weight, QuantizedTensor) or weight._layout_cls != LAYOUT:
             continue
@@ -235,6 +271,13 @@ def _hand_over(
         if _runs_in_kitchen(spec, options, device, compute):
             sd.update(compat.int8_tensorwise(layer, weight))
             continue
+        parts = [(part.weight, part.wish) for part in spec.parts]
+        native = native_format(parts, options.matmul, options.backend, capability)
+        if native is not None and spec.axis == 0:
+            tensors = compat.NATIVE[native](layer, weight)
+            if tensors is not None:
+                sd.update(tensors)
+                continue
         params = replace(weight._params, orig_dtype=compute)
         sd[key] = QuantizedTensor(weight._qdata, LAYOUT, params)
         sd[f"{layer}.comfy_quant"] = marker(spec)
@@ -244,11 +287,15 @@ def _runs_in_kitchen(
     spec: CompositeSpec, options: LoadOptions, device: torch.device, compute: torch.dtype
 ) -> bool:
     """Whether comfy-kitchen would compute the whole layer."""
-    if len(spec.parts) > 1:
-        return False
-    part = spec.parts[0]
-    decision = decide(part.weight, part.wish, options.matmul, options.backend, device, compute)
-    return decision.choice.implementation.backend == "comfy_kitchen"
+    decisions = [
+        decide(p.weight, p.wish, options.matmul, options.backend, device, compute, p.scaled)
+        for p in spec.parts
+    ]
+    return spec.axis == 0 and all(
+        (decision.choice.implementation.operation, decision.choice.implementation.backend)
+        == ("linear_int8", "comfy_kitchen")
+        for decision in decisions
+    )
 
 
 def _account(patcher: ModelPatcher, given: dict[str, torch.Tensor], plan: Plan) -> None:
@@ -259,14 +306,14 @@ def _account(patcher: ModelPatcher, given: dict[str, torch.Tensor], plan: Plan) 
     model = patcher.model
     loaded = set(model.model_config.process_unet_state_dict(dict(given)))
     diffusion_model = model.diffusion_model
-    have = {key for key in diffusion_model.state_dict() if not key.endswith(BESIDE)}
+    have = {key for key in diffusion_model.state_dict() if not key.endswith(NOT_WEIGHTS)}
     have |= {
         f"{name}.weight"
         for name, module in diffusion_model.named_modules()
         if "weight" in module.__dict__ and module.__dict__["weight"] is None
     }
     missing = sorted(have - loaded - set(plan.family.optional))
-    surplus = sorted(key for key in loaded - have if not key.endswith(BESIDE))
+    surplus = sorted(key for key in loaded - have if not key.endswith(NOT_WEIGHTS))
     # Names that a model config only reads a fact from never become parameters.
     surplus = [key for key in surplus if "." in key]
     if not missing and not surplus:

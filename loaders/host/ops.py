@@ -18,7 +18,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...kernels.reference import dequantize_rows
-from ..layouts.composite import FORMAT, LAYOUT, marker, part_tensors, side_of
+from ..layouts.composite import BESIDE, FORMAT, LAYOUT, held_by, marker, part_tensors
 from ..layouts.dispatch import kernels_of, linear
 
 __all__ = ["make_ops"]
@@ -66,7 +66,7 @@ class _CompositeWeight:
             error_msgs.append(f"{key} is {tuple(weight.shape)}, the model has {expected}")
             return None
         self.quant_format, self.layout_type = FORMAT, LAYOUT
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.weight = _parameter(weight)
         torch.nn.Module._load_from_state_dict(
             self,
             state_dict,
@@ -111,11 +111,6 @@ class _CompositeWeight:
         """Scale of a layer in one of the host's own formats."""
         return _attribute(super().state_dict(), "weight_scale")
 
-    @property
-    def weight_side(self) -> torch.Tensor:
-        """What lies beside the codes of a composite of one part."""
-        return self.weight.state_dict("weight")["weight_side"]
-
     # The host asks a module for convert_weight and set_weight and patches plain tensors by itself
     # where it has none; so these exist just where the weight is a composite.
 
@@ -147,13 +142,42 @@ class _CompositeWeight:
         new = new.to(self.weight.dtype)
         if return_weight:
             return new
-        self.weight = torch.nn.Parameter(new, requires_grad=False)
+        self.weight = _parameter(new)
         return None
 
     def _apply(self, fn, recurse=True):
-        if _composite(getattr(self, "weight", None)):
-            return comfy.ops._quantized_apply(self, fn, recurse)
-        return super()._apply(fn, recurse)
+        weight = getattr(self, "weight", None)
+        if not _composite(weight):
+            return super()._apply(fn, recurse)
+        self.weight = None  # torch would copy it once more
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            moved = fn(weight)
+            if moved.is_inference() and not torch.is_inference_mode_enabled():
+                moved = moved.clone()
+            self.weight = _parameter(moved)
+
+
+for _name in BESIDE:
+    setattr(
+        _CompositeWeight,
+        f"weight_{_name}",
+        property(
+            lambda self, name=f"weight_{_name}": _attribute(self.weight.state_dict("weight"), name),
+            doc=f"Entry weight_{_name} of a composite in state dicts.",
+        ),
+    )
+
+
+def _parameter(weight: QuantizedTensor) -> QuantizedTensor:
+    """The weight itself as a Parameter that requires no gradient.
+
+    ``torch.nn.Parameter`` makes one of a detached weight, and detaching a ``QuantizedTensor``
+    copies everything that lies beside its codes.
+    """
+    weight._is_param = True
+    return weight
 
 
 def _attribute(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -240,8 +264,7 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                 kernels = self._kernels.get((input.device, input.dtype))
                 if kernels is None:
                     kernels = self._choose(input.device, input.dtype)
-                params = weight._params
-                return linear(input, weight._qdata, params.spec, bias, kernels, side_of(params))
+                return linear(input, held_by(weight), weight._params.spec, bias, kernels)
 
             @torch.compiler.disable
             def _choose(self, device, dtype):
@@ -276,10 +299,10 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                     offloadable=True,
                     want_requant=True,
                 )
-                parts = self.weight._params.spec.parts
-                if isinstance(weight, QuantizedTensor) and len(parts) == 1:
-                    held = part_tensors(weight._qdata, parts[0], side_of(weight._params))
-                    y = dequantize_rows(held, parts[0].weight, input, dtype)
+                spec = self.weight._params.spec
+                if isinstance(weight, QuantizedTensor) and len(spec.parts) == 1:
+                    held = part_tensors(held_by(weight), spec, 0)
+                    y = dequantize_rows(held, spec.parts[0].weight, input, dtype)
                 else:
                     y = torch.nn.functional.embedding(input, _dequantized(weight)).to(dtype)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)

@@ -1,24 +1,22 @@
-"""One layout for every weight of this pack: parts in one buffer, told by a tensor-free spec.
+"""One layout for every weight of this pack: parts side by side, told by a tensor-free spec.
 
-Storage of a ``QuantizedTensor`` with ``LowBitCompositeLayout``, of one part (``spec.split``):
+Storage of a ``QuantizedTensor`` with ``LowBitCompositeLayout``:
 
-=================  ==========================  ==========================================
-``qdata``          uint8, ``[nbytes]``         the codes as the file has them, usually a
-                                               window on the memory-mapped file
-``Params.scale``   uint8, ``[side_nbytes]``    every other tensor, each at an offset of a
-                                               multiple of 256 bytes
-``Params.spec``    :class:`CompositeSpec`      part names, axis, formats, shapes, offsets
-=================  ==========================  ==========================================
-
-and of several parts: ``qdata`` holds every tensor of every part in the same way, and ``scale`` is a
-dummy of one byte.
+======================  =====================  ===============================================
+``qdata``               uint8, ``[n]``         the codes of the first part as the file has them,
+                                               usually a window on the memory-mapped file
+``Params.codes_1`` …    uint8, ``[n]``         the codes of the further parts
+``Params.scale``        uint8, ``[side]``      every other tensor of every part, each at an offset
+                                               of a multiple of 256 bytes
+``Params.spec``         :class:`CompositeSpec` part names, axis, formats, shapes, offsets
+======================  =====================  ===============================================
 
 A weight that the host's model keeps fused (``qkv``, ``linear1``) may come from parts of different
 formats; they stand side by side along the rows (``axis`` 0) or the columns (``axis`` 1, a K-split
-whose products are summed), each exactly as its file had it. One buffer, because the host streams a
-weight as the flat list of its tensors and cannot see inside nested ones; 256 bytes, because kernels
-want their operands aligned and views need whole elements. One part needs no copy of its codes: they
-stay in the file's pages, which the system may drop and read again.
+whose products are summed), each exactly as its file had it. Codes need no copy: they stay in the
+file's pages, which the system may drop and read again. What lies beside them shares one tensor,
+because the host streams a weight as the flat list of its tensors and pays for each; 256 bytes,
+because kernels want their operands aligned and views need whole elements.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from comfy_kitchen.tensor.base import (
@@ -40,54 +39,65 @@ from comfy_kitchen.tensor.base import (
 )
 
 from ...kernels import reference
-from ...kernels.spec import WeightSpec
+from ...kernels.spec import SMOOTHINGS, ActivationSpec, WeightSpec
 from ...quant.dtypes import get_format
+from ...quant.errors import LowBitError
 from ...quant.weight import QuantizedWeight, requantize_like
 
 __all__ = [
+    "BESIDE",
+    "CODES",
     "FORMAT",
     "LAYOUT",
     "STORED",
     "CompositeSpec",
+    "Held",
     "LowBitCompositeLayout",
     "PartSpec",
     "Slot",
     "build",
     "from_json",
+    "held_by",
     "marker",
     "part_tensors",
-    "side_of",
     "to_json",
 ]
 
 FORMAT = "lowbit_composite"
 LAYOUT = "LowBitCompositeLayout"
 ALIGNMENT = 256
+MAX_PARTS = 8
+CODES = tuple(f"codes_{number}" for number in range(1, MAX_PARTS))
+"""Fields of Params for the codes of the parts after the first."""
+BESIDE = ("side", *CODES)
+"""What a state dict holds beside ``X.weight``: ``X.weight_side``, ``X.weight_codes_1`` …"""
 STORED = torch.float8_e4m3fn
 """Dtype that a buffer of bytes has in state dicts and files."""
 
 _DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.uint16,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2fnuz,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
+    name: getattr(torch, name)
+    for name in (
+        "uint8",
+        "int8",
+        "int16",
+        "uint16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "float16",
+        "bfloat16",
+        "float32",
+        "float64",
     )
+    if hasattr(torch, name)
 }
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of a part lies: ``offset : offset + bytes`` of the buffer or the side."""
+    """Where one tensor of a part lies: ``offset : offset + bytes`` of its codes or of the side."""
 
     name: str
     dtype: torch.dtype
@@ -113,6 +123,11 @@ class PartSpec:
         """False for an unquantized part."""
         return any(slot.name in ("scale", "levels") for slot in self.slots)
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of its codes."""
+        return next(slot.nbytes for slot in self.slots if slot.name == "codes")
+
 
 @dataclass(frozen=True)
 class CompositeSpec:
@@ -120,13 +135,7 @@ class CompositeSpec:
 
     axis: int
     parts: tuple[PartSpec, ...]
-    nbytes: int
-    side_nbytes: int = 0
-
-    @property
-    def split(self) -> bool:
-        """One part, whose codes are ``qdata`` and whose other tensors are ``Params.scale``."""
-        return len(self.parts) == 1
+    side_nbytes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,57 +148,64 @@ class CompositeSpec:
         return tuple(joined)
 
 
-def part_tensors(
-    buffer: torch.Tensor, part: PartSpec, side: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    """Views of a part's tensors (no copy).
+class Held(NamedTuple):
+    """The memory of a weight: codes of each part and what lies beside them, uint8."""
 
-    Args:
-        buffer: ``qdata``.
-        part: Which of its parts.
-        side: ``Params.scale`` of a weight of one part, None for one of several.
-    """
+    codes: tuple[torch.Tensor, ...]
+    side: torch.Tensor
+
+
+def held_by(weight: QuantizedTensor) -> Held:
+    """The memory of a composite weight (no copy)."""
+    return _held(weight._qdata, weight._params)
+
+
+def _held(qdata: torch.Tensor, params: LowBitCompositeLayout.Params) -> Held:
+    more = (getattr(params, name) for name in CODES[: len(params.spec.parts) - 1])
+    return Held((qdata, *more), params.scale)
+
+
+def part_tensors(held: Held, spec: CompositeSpec, number: int) -> dict[str, torch.Tensor]:
+    """Views of the tensors of part ``number`` (no copy)."""
     found = {}
-    for slot in part.slots:
-        held = buffer if side is None or slot.name == "codes" else side
+    for slot in spec.parts[number].slots:
+        memory = held.codes[number] if slot.name == "codes" else held.side
         found[slot.name] = (
-            held[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape)
+            memory[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape)
         )
     return found
-
-
-def side_of(params: LowBitCompositeLayout.Params) -> torch.Tensor | None:
-    """The tensors beside the codes of a weight of one part; None for one of several."""
-    return params.scale if params.spec.split else None
 
 
 def build(
     parts: list[tuple[str, QuantizedWeight, str | None]], dtype: torch.dtype, axis: int = 0
 ) -> QuantizedTensor:
-    """Wrap one part around its codes, or copy several into one buffer.
+    """Wrap a weight around the codes of its parts; what lies beside them is copied together.
 
     Args:
         parts: ``(name, weight, wish)`` in order; their other axes must agree.
         dtype: Compute dtype, the dtype that the host sees.
         axis: 0 joins rows, 1 joins columns.
+
+    Raises:
+        LowBitError: More than ``MAX_PARTS`` parts.
     """
-    spec = _layout(parts, axis)
-    if spec.split:
-        weight = parts[0][1]
-        codes = weight.tensors["codes"].contiguous().reshape(-1).view(torch.uint8)
-        side = _zeros_between(
-            spec, torch.empty(spec.side_nbytes, dtype=torch.uint8, device=codes.device)
+    if len(parts) > MAX_PARTS:
+        raise LowBitError(
+            "A layer would have to be joined from too many parts.",
+            found=f"{len(parts)} parts: " + ", ".join(name for name, _, _ in parts),
+            expected=f"at most {MAX_PARTS}",
+            remedy="Please report the checkpoint's name.",
         )
-        for key, view in part_tensors(codes, spec.parts[0], side).items():
+    spec = _layout(parts, axis)
+    codes = tuple(
+        weight.tensors["codes"].contiguous().reshape(-1).view(torch.uint8) for _, weight, _ in parts
+    )
+    held = Held(codes, _new_side(spec, codes[0].device))
+    for number, (_, weight, _) in enumerate(parts):
+        for key, view in part_tensors(held, spec, number).items():
             if key != "codes":
                 view.copy_(weight.tensors[key])
-        return wrap(codes, spec, dtype, side)
-    device = next(iter(parts[0][1].tensors.values())).device
-    buffer, _ = _allocate(spec, device)
-    for part, (_, weight, _) in zip(spec.parts, parts, strict=True):
-        for key, view in part_tensors(buffer, part).items():
-            view.copy_(weight.tensors[key])
-    return wrap(buffer, spec, dtype)
+    return wrap(held, spec, dtype)
 
 
 def _aligned(nbytes: int) -> int:
@@ -198,60 +214,44 @@ def _aligned(nbytes: int) -> int:
 
 def _layout(parts: list[tuple[str, QuantizedWeight, str | None]], axis: int) -> CompositeSpec:
     """Where every tensor of the parts will lie."""
-    split = len(parts) == 1
-    offset, codes_bytes = 0, 0
+    offset = 0
     specs = []
     for name, weight, wish in parts:
         slots = []
         for key, tensor in weight.tensors.items():
-            if split and key == "codes":
+            if key == "codes":
                 slots.append(Slot(key, tensor.dtype, tuple(tensor.shape), 0))
-                codes_bytes = slots[-1].nbytes
                 continue
             slots.append(Slot(key, tensor.dtype, tuple(tensor.shape), offset))
             offset += _aligned(slots[-1].nbytes)
         specs.append(PartSpec(name, weight.spec, tuple(slots), wish))
-    if split:
-        return CompositeSpec(axis, tuple(specs), codes_bytes, max(offset, 1))
-    return CompositeSpec(axis, tuple(specs), offset)
+    return CompositeSpec(axis, tuple(specs), max(offset, 1))
 
 
-def _allocate(
-    spec: CompositeSpec, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Memory for a weight: buffer, and side for one part."""
-    buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
-    if not spec.split:
-        return _zeros_between(spec, buffer), None
+def _new_side(spec: CompositeSpec, device: torch.device) -> torch.Tensor:
+    """Memory for what lies beside the codes; gaps are zero, so that equal weights are equal files.
+
+    A weight of codes alone has one idle byte there.
+    """
     side = torch.empty(spec.side_nbytes, dtype=torch.uint8, device=device)
-    return buffer, _zeros_between(spec, side)
+    slots = [slot for part in spec.parts for slot in part.slots if slot.name != "codes"]
+    for slot in slots:
+        end = slot.offset + slot.nbytes
+        side[end : _aligned(end)].zero_()
+    return side if slots else side.zero_()
 
 
-def _zeros_between(spec: CompositeSpec, buffer: torch.Tensor) -> torch.Tensor:
-    """Zero the gaps between tensors, so that equal weights make equal files."""
-    if spec.split and len(spec.parts[0].slots) == 1:
-        buffer.zero_()
-    for part in spec.parts:
-        for slot in part.slots:
-            if not (spec.split and slot.name == "codes"):
-                end = slot.offset + slot.nbytes
-                buffer[end : _aligned(end)].zero_()
-    return buffer
-
-
-def wrap(
-    buffer: torch.Tensor,
-    spec: CompositeSpec,
-    dtype: torch.dtype,
-    side: torch.Tensor | None = None,
-) -> QuantizedTensor:
-    """A ``QuantizedTensor`` over existing memory; ``side`` goes with a weight of one part."""
-    if side is None:
-        side = torch.zeros(1, dtype=torch.uint8, device=buffer.device)
+def wrap(held: Held, spec: CompositeSpec, dtype: torch.dtype) -> QuantizedTensor:
+    """A ``QuantizedTensor`` over existing memory."""
+    first, *more = held.codes
     params = LowBitCompositeLayout.Params(
-        scale=side, orig_dtype=dtype, orig_shape=spec.shape, spec=spec
+        scale=held.side,
+        orig_dtype=dtype,
+        orig_shape=spec.shape,
+        spec=spec,
+        **dict(zip(CODES, more, strict=False)),
     )
-    return QuantizedTensor(buffer, LAYOUT, params)
+    return QuantizedTensor(first, LAYOUT, params)
 
 
 class LowBitCompositeLayout(QuantizedLayout):
@@ -263,9 +263,16 @@ class LowBitCompositeLayout(QuantizedLayout):
 
         spec: CompositeSpec | None = None
         transposed: bool = False
+        codes_1: torch.Tensor | None = None
+        codes_2: torch.Tensor | None = None
+        codes_3: torch.Tensor | None = None
+        codes_4: torch.Tensor | None = None
+        codes_5: torch.Tensor | None = None
+        codes_6: torch.Tensor | None = None
+        codes_7: torch.Tensor | None = None
 
         def _tensor_fields(self) -> list[str]:
-            return ["scale"]
+            return ["scale", *CODES[: len(self.spec.parts) - 1]]
 
     @classmethod
     def quantize(
@@ -293,59 +300,61 @@ class LowBitCompositeLayout(QuantizedLayout):
         if like is None:
             raise ValueError(f"{LAYOUT} rounds a weight in the format of another: like= is missing")
         spec: CompositeSpec = like._params.spec
-        buffer, side = _allocate(spec, tensor.device)
+        old = held_by(like)
+        device = tensor.device
+        new = Held(
+            tuple(torch.empty_like(codes, device=device) for codes in old.codes),
+            _new_side(spec, device),
+        )
         start = 0
-        for part in spec.parts:
+        for number, part in enumerate(spec.parts):
             length = part.weight.shape[spec.axis]
             piece = tensor.narrow(spec.axis, start, length)
             start += length
-            held = part_tensors(like._qdata, part, side_of(like._params))
-            old = {key: value.to(tensor.device) for key, value in held.items()}
-            new = requantize_like(
-                piece, part.weight, old, stochastic_seed=int(stochastic_rounding or 0)
+            held = {key: value.to(device) for key, value in part_tensors(old, spec, number).items()}
+            rounded = requantize_like(
+                piece, part.weight, held, stochastic_seed=int(stochastic_rounding or 0)
             )
-            for name, view in part_tensors(buffer, part, side).items():
-                view.copy_(new[name].reshape(view.shape))
-        scale = like._params.scale.to(tensor.device) if side is None else side
-        return buffer, dataclasses.replace(like._params, scale=scale, orig_dtype=tensor.dtype)
+            for name, view in part_tensors(new, spec, number).items():
+                view.copy_(rounded[name].reshape(view.shape))
+        made = wrap(new, spec, tensor.dtype)
+        return made._qdata, dataclasses.replace(
+            made._params, orig_shape=like._params.orig_shape, transposed=like._params.transposed
+        )
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
         """The float weight, in ``orig_dtype``; physical (untransposed) shape."""
-        return dequantize(qdata, params.spec, params.orig_dtype, side_of(params))
+        return dequantize(_held(qdata, params), params.spec, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        """Codes or buffer, and side: :func:`part_tensors` takes them apart."""
-        return (qtensor._qdata, qtensor._params.scale)
+        """Codes of every part, then the side: :func:`part_tensors` takes them apart."""
+        held = held_by(qtensor)
+        return (*held.codes, held.side)
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
-        """The codes or buffer under the weight's own name, and the side; the marker tells the rest.
+        """The first codes under the weight's own name, the rest beside; the marker tells the rest.
 
-        Its bytes are called float8_e4m3fn here: while it saves a model that is not wholly loaded,
+        Their bytes are called float8_e4m3fn here: while it saves a model that is not wholly loaded,
         the host makes a Parameter that requires gradients of every tensor, which integers cannot.
         """
-        tensors = {"": qdata.view(STORED)}
-        if params.spec.split:
-            tensors["_side"] = params.scale.view(STORED)
-        return tensors
+        held = _held(qdata, params)
+        names = ("", *(f"_{name}" for name in CODES))
+        tensors = dict(zip(names, held.codes, strict=False)) | {"_side": held.side}
+        return {name: tensor.view(STORED) for name, tensor in tensors.items()}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, object]:
         return {"like": qtensor}
 
 
-def dequantize(
-    buffer: torch.Tensor,
-    spec: CompositeSpec,
-    dtype: torch.dtype,
-    side: torch.Tensor | None = None,
-) -> torch.Tensor:
+def dequantize(held: Held, spec: CompositeSpec, dtype: torch.dtype) -> torch.Tensor:
     """Every part dequantized in float32, joined and cast to ``dtype``."""
     weights = [
-        reference.dequantize(part_tensors(buffer, part, side), part.weight, dtype)
-        for part in spec.parts
+        reference.dequantize(part_tensors(held, spec, number), part.weight, dtype)
+        for number, part in enumerate(spec.parts)
     ]
     return weights[0] if len(weights) == 1 else torch.cat(weights, dim=spec.axis)
 
@@ -391,20 +400,12 @@ def to_json(spec: CompositeSpec) -> dict:
     return {
         "version": 1,
         "axis": spec.axis,
-        "nbytes": spec.nbytes,
         "side_nbytes": spec.side_nbytes,
         "parts": [
             {
                 "name": part.name,
                 "wish": part.wish,
-                "format": part.weight.format.name,
-                "subnormals": part.weight.format.subnormals,
-                "shape": list(part.weight.shape),
-                "code_shape": list(part.weight.code_shape),
-                "hadamard": part.weight.hadamard,
-                "hadamard_basis": part.weight.hadamard_basis,
-                "rank": part.weight.rank,
-                "codebook": part.weight.codebook,
+                **_weight_to_json(part.weight),
                 "tensors": {
                     slot.name: [
                         str(slot.dtype).removeprefix("torch."),
@@ -419,6 +420,41 @@ def to_json(spec: CompositeSpec) -> dict:
     }
 
 
+def _weight_to_json(weight: WeightSpec) -> dict:
+    activation = weight.activation
+    return {
+        "format": weight.format.name,
+        "subnormals": weight.format.subnormals,
+        "shape": list(weight.shape),
+        "code_shape": list(weight.code_shape),
+        "hadamard": weight.hadamard,
+        "hadamard_basis": weight.hadamard_basis,
+        "rank": weight.rank,
+        "codebook": weight.codebook,
+        "smoothing": weight.smoothing,
+        "two_level": weight.two_level,
+        "activation": None if activation is None else dataclasses.asdict(activation),
+    }
+
+
+def _weight_from_json(entry: dict) -> WeightSpec:
+    smoothing, activation = entry["smoothing"], entry["activation"]
+    if smoothing not in SMOOTHINGS:
+        raise ValueError(f"smoothing {smoothing!r} is not one of {SMOOTHINGS}")
+    return WeightSpec(
+        format=get_format(entry["format"], subnormals=bool(entry["subnormals"])),
+        shape=tuple(map(int, entry["shape"])),
+        code_shape=tuple(map(int, entry["code_shape"])),
+        hadamard=int(entry["hadamard"]),
+        hadamard_basis=int(entry["hadamard_basis"]),
+        rank=int(entry["rank"]),
+        codebook=bool(entry["codebook"]),
+        smoothing=smoothing,
+        two_level=bool(entry["two_level"]),
+        activation=None if activation is None else ActivationSpec(**activation),
+    )
+
+
 def from_json(data: dict) -> CompositeSpec:
     """Inverse of :func:`to_json`.
 
@@ -429,33 +465,29 @@ def from_json(data: dict) -> CompositeSpec:
         raise ValueError(f"version {data['version']} of the composite layout, this pack reads 1")
     parts = []
     for entry in data["parts"]:
-        format_ = get_format(entry["format"], subnormals=bool(entry["subnormals"]))
-        weight = WeightSpec(
-            format=format_,
-            shape=tuple(map(int, entry["shape"])),
-            code_shape=tuple(map(int, entry["code_shape"])),
-            hadamard=int(entry["hadamard"]),
-            hadamard_basis=int(entry["hadamard_basis"]),
-            rank=int(entry["rank"]),
-            codebook=bool(entry["codebook"]),
-        )
         slots = tuple(
             Slot(name, _DTYPES[dtype], tuple(map(int, shape)), int(offset))
             for name, (dtype, shape, offset) in entry["tensors"].items()
         )
+        if "codes" not in entry["tensors"]:
+            raise ValueError(f"{entry['name']} has no codes")
         wish = entry["wish"]
         parts.append(
-            PartSpec(str(entry["name"]), weight, slots, None if wish is None else str(wish))
+            PartSpec(
+                str(entry["name"]),
+                _weight_from_json(entry),
+                slots,
+                None if wish is None else str(wish),
+            )
         )
-    spec = CompositeSpec(
-        int(data["axis"]), tuple(parts), int(data["nbytes"]), int(data["side_nbytes"])
-    )
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise ValueError(f"{len(parts)} parts, expected 1 to {MAX_PARTS}")
+    spec = CompositeSpec(int(data["axis"]), tuple(parts), int(data["side_nbytes"]))
     for part in parts:
         for slot in part.slots:
-            beside = spec.split and slot.name != "codes"
-            room = spec.side_nbytes if beside else spec.nbytes
+            room = part.code_bytes if slot.name == "codes" else spec.side_nbytes
             if slot.offset % ALIGNMENT or slot.offset + slot.nbytes > room:
-                raise ValueError(f"{part.name}.{slot.name} lies outside the buffer or unaligned")
+                raise ValueError(f"{part.name}.{slot.name} lies outside its memory or unaligned")
     return spec
 
 

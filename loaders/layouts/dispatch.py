@@ -8,21 +8,23 @@ import torch
 
 from ...kernels.registry import MATMUL_OPERATIONS, Call, Choice, NoImplementationError, registry
 from ...kernels.spec import WeightSpec
-from .composite import CompositeSpec, part_tensors
+from .composite import CompositeSpec, Held, part_tensors
 
-__all__ = ["MATMUL_MODES", "Decision", "call_of", "decide", "kernels_of", "linear"]
+__all__ = ["MATMUL_MODES", "Decision", "call_of", "capability_of", "decide", "kernels_of", "linear"]
 
 MATMUL_MODES = ("auto", "dequantize", "int8", "uint8", "fp8", "fp16", "faithful", "expand")
 """Values of the loader's ``matmul`` input.
 
 ``auto`` does what the file asks for where this device has a kernel for it, and dequantizes
-elsewhere; ``faithful`` does what the file asks for wherever it can be computed at all; ``expand``
-rounds every layer to dense int8 at load and multiplies in int8.
+elsewhere; ``faithful`` rounds activations as the format does, or does what the file asks for,
+wherever it can be computed at all; ``expand`` rounds every layer to dense int8 at load and
+multiplies in int8.
 """
 
 
 @lru_cache(maxsize=16)
-def _capability(device: torch.device) -> tuple[int, int] | None:
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA compute capability; None on what is not CUDA."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
@@ -30,21 +32,31 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def call_of(weight: WeightSpec, device: torch.device, dtype: torch.dtype) -> Call:
     """What a weight asks of the kernel registry on a device."""
+    grouped = len(weight.code_shape) > len(weight.shape)
     return Call(
         device=device.type,
-        capability=_capability(device),
+        capability=capability_of(device),
         dtype=dtype,
         shape=weight.shape,
         format=weight.format.name,
         bits=weight.format.bits,
-        rowwise=len(weight.code_shape) == len(weight.shape),
+        rowwise=not grouped,
         symmetric=weight.format.signed and not weight.codebook,
         plain=not (weight.rank or weight.hadamard),
+        group=weight.code_shape[2] if grouped else weight.columns,
+        rank=weight.rank,
+        rotated=bool(weight.hadamard),
+        smoothing=weight.smoothing,
+        two_level=weight.two_level,
+        activation=weight.activation,
     )
 
 
 class Decision(tuple):
-    """``(mode, choice, reason)``: the resolved matmul mode, the kernel, and why not the wished."""
+    """``(mode, choice, reason)``: the resolved matmul mode, the kernel, and why not the wished.
+
+    The mode "weight-only" is "dequantize" by a kernel that never writes the float weight.
+    """
 
     __slots__ = ()
 
@@ -82,7 +94,8 @@ def decide(
         scaled: False for an unquantized part of a fused layer, which is always multiplied as it is.
     """
     call = call_of(weight, device, dtype)
-    mode = {"auto": wish, "faithful": wish, "expand": "int8"}.get(matmul, matmul) or "dequantize"
+    own = "faithful" if weight.activation else wish
+    mode = {"auto": wish, "faithful": own, "expand": "int8"}.get(matmul, matmul) or "dequantize"
     reason = None
     if mode != "dequantize" and not scaled:
         mode, reason = "dequantize", "this part of the layer is not quantized"
@@ -91,11 +104,16 @@ def decide(
             choice = registry.choose(MATMUL_OPERATIONS[mode], call, backend)
             if matmul != "auto" or choice.implementation.backend != "reference":
                 return Decision((mode, choice, None))
-            reason = f"the {mode} that the file asks for would be slower here: " + "; ".join(
+            arithmetic = "arithmetic" if mode == "faithful" else mode
+            reason = f"the {arithmetic} that the file asks for would be slower here: " + "; ".join(
                 f"{name} {why}" for name, why in choice.refused
             )
         except NoImplementationError as error:
             reason = str(error)
+    if scaled:
+        choice = registry.choose("linear_weight_only", call, backend)
+        if choice.implementation.backend != "reference":
+            return Decision(("weight-only", choice, reason))
     return Decision(("dequantize", registry.choose("dequantize", call, backend), reason))
 
 
@@ -116,31 +134,29 @@ def kernels_of(
 
 def linear(
     x: torch.Tensor,
-    buffer: torch.Tensor,
+    held: Held,
     spec: CompositeSpec,
     bias: torch.Tensor | None,
     kernels: tuple[tuple[bool, object], ...],
-    side: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x`` times a composite weight.
 
     Args:
         x: ``[..., K]``.
-        buffer: uint8 ``[nbytes]`` on ``x``'s device.
-        spec: What the buffer holds; logical shape ``[N, K]``.
+        held: The weight's memory, on ``x``'s device.
+        spec: What it holds; logical shape ``[N, K]``.
         bias: ``[N]`` or None.
         kernels: Of :func:`kernels_of`.
-        side: What lies beside the codes of a weight of one part.
 
     Returns:
         ``[..., N]`` of ``x``'s dtype.
     """
-    parts = list(zip(spec.parts, kernels, strict=True))
+    parts = [
+        (part.weight, part_tensors(held, spec, number), dense, function)
+        for number, (part, (dense, function)) in enumerate(zip(spec.parts, kernels, strict=True))
+    ]
     if all(dense for dense, _ in kernels):
-        weights = [
-            function(part_tensors(buffer, part, side), part.weight, x.dtype)
-            for part, (_, function) in parts
-        ]
+        weights = [function(tensors, weight, x.dtype) for weight, tensors, _, function in parts]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=spec.axis)
         return torch.nn.functional.linear(x, weight, bias)
     sizes = [part.weight.shape[spec.axis] for part in spec.parts]
@@ -148,13 +164,14 @@ def linear(
     inputs = [x] * len(sizes) if rows else x.split(sizes, dim=-1)
     biases = bias.split(sizes) if rows and bias is not None else [None] * len(sizes)
     outputs = []
-    for (part, (dense, function)), piece, piece_bias in zip(parts, inputs, biases, strict=True):
-        tensors = part_tensors(buffer, part, side)
+    for (weight, tensors, dense, function), piece, piece_bias in zip(
+        parts, inputs, biases, strict=True
+    ):
         if dense:
-            weight = function(tensors, part.weight, x.dtype)
-            outputs.append(torch.nn.functional.linear(piece, weight, piece_bias))
+            dense_weight = function(tensors, weight, x.dtype)
+            outputs.append(torch.nn.functional.linear(piece, dense_weight, piece_bias))
         else:
-            outputs.append(function(piece, tensors, part.weight, piece_bias))
+            outputs.append(function(piece, tensors, weight, piece_bias))
     if rows:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     total = torch.stack([y.float() for y in outputs]).sum(0)

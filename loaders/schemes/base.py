@@ -16,10 +16,29 @@ import torch
 from ...kernels.spec import WeightSpec
 from ...quant.weight import QuantizedWeight
 
-__all__ = ["Contents", "Entry", "ShapeOf"]
+__all__ = ["Contents", "Entry", "SchemeOptions", "ShapeOf"]
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]
 """Shape that the model's architecture gives a logical key; None where it is not known."""
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """The loader's inputs that one scheme or another reads; the others leave them alone.
+
+    Attributes:
+        svdq_precision: "auto", "int4" or "nvfp4": what W4A4 layers must be.
+        svdq_rank: The rank that low-rank branches must have; 0 for any.
+        act_unsigned: "auto", "on" or "off": whether second MLP layers of int4 files have
+            activations that are shifted and rounded to 0..15, which files seldom say.
+        nvfp4_layout: "auto", or how the bytes of NVFP4 layers are ordered where a file of plain
+            scales does not say: a name in LAYOUTS of :mod:`.modelopt_nvfp4`.
+    """
+
+    svdq_precision: str = "auto"
+    svdq_rank: int = 0
+    act_unsigned: str = "auto"
+    nvfp4_layout: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,8 @@ class Entry:
             empty for a plain tensor. The wish is the matmul that the file asks for ("int8",
             "fp8" ...), None for weight-only.
         notes: What had to be decided and by which evidence.
-        doubtful: The tensors fit another shape of as many elements too; the architecture decides.
+        doubtful: The tensors fit another shape too (of as many elements, or of fewer where they may
+            be padded); the architecture decides.
         read: Gives the tensor, memory-mapped, or the weight in normal form.
     """
 

@@ -1,11 +1,12 @@
 """Checkpoints that this pack's MODELs were saved to by ComfyUI's own ModelSave.
 
-=====================  =======  ==========================================================
-``X.weight``           F8_E4M3  ``[nbytes]``, the bytes of ``LowBitCompositeLayout``'s ``qdata``
-``X.weight_side``      F8_E4M3  ``[side_nbytes]``, what lies beside the codes of a single part
-``X.comfy_quant``      U8       JSON ``{"format": "lowbit_composite", "spec": {...}}``
-anything else                   as it is, ComfyUI's own formats included
-=====================  =======  ==========================================================
+=======================  =======  ========================================================
+``X.weight``             F8_E4M3  ``[n]``, bytes of the codes of ``X``'s first part
+``X.weight_codes_1`` …   F8_E4M3  ``[n]``, bytes of the codes of the further parts
+``X.weight_side``        F8_E4M3  ``[side_nbytes]``, what lies beside the codes
+``X.comfy_quant``        U8       JSON ``{"format": "lowbit_composite", "spec": {...}}``
+anything else                     as it is, ComfyUI's own formats included
+=======================  =======  ========================================================
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from ...quant.errors import LowBitError
 from ...quant.weight import QuantizedWeight
-from ..layouts.composite import FORMAT, CompositeSpec, from_json, part_tensors
+from ..layouts.composite import CODES, FORMAT, CompositeSpec, Held, from_json, part_tensors
 from ..source import Source
 from .base import Contents, Entry, ShapeOf
 
@@ -29,21 +30,20 @@ BYTES = "F8_E4M3"
 
 
 class CompositeWeight(NamedTuple):
-    """A weight that is stored as a composite already: ``qdata``, its spec, and its side."""
+    """A weight that is stored as a composite already: its memory and its spec."""
 
-    buffer: torch.Tensor
+    held: Held
     spec: CompositeSpec
-    side: torch.Tensor | None
 
     def parts(self) -> list[tuple[str, QuantizedWeight, str | None]]:
         """``(name, weight, wish)`` of each part."""
         return [
             (
                 part.name,
-                QuantizedWeight(part.weight, part_tensors(self.buffer, part, self.side)),
+                QuantizedWeight(part.weight, part_tensors(self.held, self.spec, number)),
                 part.wish,
             )
-            for part in self.spec.parts
+            for number, part in enumerate(self.spec.parts)
         ]
 
 
@@ -74,9 +74,9 @@ def read(source: Source, shape_of: ShapeOf | None = None) -> Contents:
             ) from error
         if spec is None:
             continue
-        held = {f"{layer}.weight": spec.nbytes}
-        if spec.split:
-            held[f"{layer}.weight_side"] = spec.side_nbytes
+        names = (f"{layer}.weight", *(f"{layer}.weight_{name}" for name in CODES))
+        sizes = [part.code_bytes for part in spec.parts]
+        held = dict(zip(names, sizes, strict=False)) | {f"{layer}.weight_side": spec.side_nbytes}
         for key, nbytes in held.items():
             info = source.tensors.get(key)
             if info is None or tuple(info.shape) != (nbytes,) or info.dtype != BYTES:
@@ -112,5 +112,5 @@ def read(source: Source, shape_of: ShapeOf | None = None) -> Contents:
 
 
 def _composite(source: Source, names: tuple[str, ...], spec: CompositeSpec) -> CompositeWeight:
-    buffer, *side = (source.get(name).view(torch.uint8) for name in names)
-    return CompositeWeight(buffer, spec, side[0] if side else None)
+    *codes, side = (source.get(name).view(torch.uint8) for name in names)
+    return CompositeWeight(Held(tuple(codes), side), spec)

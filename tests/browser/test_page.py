@@ -139,7 +139,8 @@ def test_run_button_gives_the_image_and_the_report(server, page):
     shown = nodes(page)
     assert shown["SaveImage"]["images"] == [[128, 128]]
     assert "scheme: sdnq" in shown["LowBitInspect"]["report"]
-    assert shown["LowBitInspect"]["values"] == ["tiny", "auto"]  # the report is not saved with it
+    # the report is not saved with it
+    assert shown["LowBitInspect"]["values"] == ["tiny", "auto", "auto", 0, "auto", "auto"]
     (item,) = entry["outputs"]["12"]["images"]
     assert (server.base / "output" / item["filename"]).stat().st_size > 1000
     keep_picture(page, "run")

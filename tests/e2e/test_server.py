@@ -93,6 +93,7 @@ def test_nodes_as_the_page_sees_them(server):
     inputs = info[LOADER]["input_order"]
     assert [*inputs["required"], *inputs["optional"]] == [
         "model", "scheme", "matmul", "compute_dtype", "dequantize_fp32", "backend",
+        "svdq_precision", "svdq_rank", "act_unsigned", "nvfp4_layout",
     ]  # fmt: skip
 
 

@@ -72,12 +72,14 @@ def layers(patcher) -> dict[str, torch.nn.Module]:
     }
 
 
+def memory_of(weight) -> tuple[torch.Tensor, ...]:
+    """Every tensor that a composite weight is made of: codes of its parts, and the side."""
+    return weight.layout_cls.get_plain_tensors(weight)
+
+
 def codes(patcher) -> dict[str, torch.Tensor]:
     """A copy of every composite's bytes, side included."""
-    return {
-        name: torch.cat((module.weight._qdata, module.weight._params.scale))
-        for name, module in layers(patcher).items()
-    }
+    return {name: torch.cat(memory_of(module.weight)) for name, module in layers(patcher).items()}
 
 
 def same_codes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

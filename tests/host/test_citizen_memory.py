@@ -7,6 +7,7 @@ included; what Dynamic VRAM does to a weight is in ``test_citizen_streaming``.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import citizens
 import comfy.model_management as mm
@@ -88,8 +89,7 @@ def test_novram_runs_every_layer_from_outside(case):
 
 def module_bytes(module) -> int:
     """Bytes of a composite weight, side included."""
-    weight = module.weight
-    return weight._qdata.nbytes + (weight._params.scale.nbytes if weight._params.spec.split else 0)
+    return sum(tensor.nbytes for tensor in citizens.memory_of(module.weight))
 
 
 @EVERY_CASE
@@ -140,7 +140,8 @@ def test_a_loaded_weight_is_no_window_on_the_file():
     files = sorted((citizens.checkpoints() / "uint4").glob("*.safetensors"))
     before = [file.read_bytes() for file in files]
     for module in citizens.layers(patcher).values():
-        module.weight._qdata.zero_()
+        for tensor in citizens.memory_of(module.weight):
+            tensor.zero_()
     assert [file.read_bytes() for file in files] == before
 
 
@@ -151,8 +152,8 @@ def test_moving_to_another_device_moves_every_tensor():
     for name, parameter in model.named_parameters():
         assert parameter.device.type == "meta", name
         if hasattr(parameter.data, "_layout_cls"):
-            assert parameter.data._qdata.device.type == "meta", name
-            assert parameter.data._params.scale.device.type == "meta", name
+            for tensor in citizens.memory_of(parameter.data):
+                assert tensor.device.type == "meta", name
 
 
 def test_clones_share_the_weights_and_what_the_loader_noted():
@@ -206,3 +207,37 @@ def test_an_untouched_model_is_reloaded_by_the_same_factory(tmp_path):
     assert torch.equal(
         citizens.run(factory(*arguments, disable_dynamic=True)), citizens.run(patcher)
     )
+
+
+def test_codes_of_every_layer_stay_in_the_file_and_a_run_copies_none(monkeypatch):
+    """Fused layers too: theirs are windows on the file, and the host's casts pass them on."""
+    patcher = citizens.load("int8")
+    layout = pack("loaders.layouts.composite").LowBitCompositeLayout
+    windows = {
+        name: [tensor.data_ptr() for tensor in citizens.memory_of(module.weight)]
+        for name, module in citizens.layers(patcher).items()
+    }
+    assert len(windows["single_blocks.0.linear1"]) == 5, "q, k, v, mlp and the side"
+    maps = Path("/proc/self/maps")
+    if maps.exists():  # Linux
+        mapped = [
+            tuple(int(end, 16) for end in line.split()[0].split("-"))
+            for line in maps.read_text().splitlines()
+            if line.endswith(".safetensors")
+        ]
+        for name, module in citizens.layers(patcher).items():
+            *codes, _ = windows[name]
+            if module.weight._params.spec.parts[0].weight.format.name == "int8":
+                inside = [any(start <= at < end for start, end in mapped) for at in codes]
+                assert all(inside), f"{name} holds codes in memory of its own"
+    copies = []
+    clone = layout.Params.clone
+    monkeypatch.setattr(
+        layout.Params, "clone", lambda self: copies.append(self.spec.parts[0].name) or clone(self)
+    )
+    citizens.run(patcher)
+    assert not copies
+    citizens.floats(patcher)
+    for name, module in citizens.layers(patcher).items():
+        found = [tensor.data_ptr() for tensor in citizens.memory_of(module.weight)]
+        assert found == windows[name], name

@@ -52,10 +52,11 @@ def test_key_patches_name_every_tensor(case):
     every = {f"diffusion_model.{name}" for name in citizens.floats(patcher)}
     markers = {f"{name}.comfy_quant" for name in names}
     beside = {
-        f"diffusion_model.{name}.weight_side"
+        f"diffusion_model.{name}.{key}"
         for name, module in citizens.layers(patcher).items()
-        if module.weight._params.spec.split
+        for key in module.weight.state_dict("weight")
     }
+    assert any(name.endswith("linear1.weight_codes_3") for name in beside)
     assert every | markers | beside == set(patches)
 
 

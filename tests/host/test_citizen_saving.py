@@ -124,16 +124,18 @@ def test_a_damaged_save_is_refused(tmp_path):
 def fits_kitchen(spec, dtype: torch.dtype = torch.float32) -> bool:
     """Whether comfy-kitchen's kernel takes the layer, its constraints on the device aside."""
     registry = pack("kernels.registry")
-    part = spec.parts[0]
-    call = pack("loaders.layouts.dispatch").call_of(part.weight, CPU, dtype)
+    call_of = pack("loaders.layouts.dispatch").call_of
+    calls = [call_of(part.weight, CPU, dtype) for part in spec.parts]
     (row,) = (
         row
         for row in registry.registry.implementations("linear_int8")
         if row.backend == "comfy_kitchen"
     )
     about_device = (registry.OnDevice, registry.MinCapability)
-    return len(spec.parts) == 1 and all(
-        isinstance(rule, about_device) or rule.why_not(call) is None for rule in row.constraints
+    return spec.axis == 0 and all(
+        isinstance(rule, about_device) or rule.why_not(call) is None
+        for rule in row.constraints
+        for call in calls
     )
 
 
@@ -206,7 +208,14 @@ def test_a_file_of_both_formats_comes_back(hand_over, tmp_path):
     assert citizens.same_codes(bits, citizens.codes(again))
     for name, value in citizens.floats(again).items():
         assert torch.equal(value, weights[name]), name
-    assert citizens.error(citizens.run(again), out) < 1e-5
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    for name in names | citizens.layers(ours).keys():
+        mine, theirs = (m.model.diffusion_model.get_submodule(name) for m in (ours, again))
+        if mine.in_features == 256:
+            assert torch.equal(theirs(x), mine(x)), name
+    # Sums of float layers depend on how their memory is aligned: enough to round an activation of
+    # an int8 product to its neighbour.
+    assert citizens.error(citizens.run(again), out) < 0.02
 
 
 def test_key_patches_of_layers_that_the_host_keeps(hand_over):

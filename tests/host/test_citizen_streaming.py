@@ -59,8 +59,7 @@ def same(found: QuantizedTensor, expected: QuantizedTensor) -> bool:
         and found.shape == expected.shape
         and found.dtype == expected.dtype
         and found._params.spec == expected._params.spec
-        and torch.equal(found._qdata, expected._qdata)
-        and torch.equal(found._params.scale, expected._params.scale)
+        and all(map(torch.equal, citizens.memory_of(found), citizens.memory_of(expected)))
         and torch.equal(found.dequantize(), expected.dequantize())
     )
 
@@ -73,7 +72,7 @@ def test_every_kind_of_weight_survives_one_gathered_buffer():
         sources = [weight, bias, None]
         size = memory.vram_aligned_size(sources)
         assert size % OFFSET_OF_VRAM_PAGE == 0
-        assert size >= weight._qdata.nbytes + bias.nbytes
+        assert size >= sum(tensor.nbytes for tensor in (*citizens.memory_of(weight), bias))
         # A page that was used before, and is longer than this module needs.
         buffer = torch.full((size + 4096,), 0xA5, dtype=torch.uint8)
         mm.cast_to_gathered(sources, buffer)
@@ -82,9 +81,11 @@ def test_every_kind_of_weight_survives_one_gathered_buffer():
         )
         assert same(found, weight), name
         assert torch.equal(found_bias, bias) and nothing is None, name
-        assert found._qdata.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        views = citizens.memory_of(found)
+        page = buffer.untyped_storage().data_ptr()
+        assert all(view.untyped_storage().data_ptr() == page for view in views), name
         buffer.fill_(0)
-        assert not found._qdata.any(), f"{name} is a copy, not a view of the page"
+        assert not any(view.any() for view in views), f"{name} is a copy, not a view of the page"
         assert weight._qdata.any(), name
 
 
@@ -98,7 +99,8 @@ def test_a_buffer_that_is_too_small_is_refused():
 def test_every_kind_of_weight_survives_copies():
     for name, weight in some_weights().items():
         blank = torch.empty_like(weight, device="cpu")
-        blank._qdata.zero_()
+        for tensor in citizens.memory_of(blank):
+            tensor.zero_()
         blank.copy_(weight, non_blocking=True)
         assert same(blank, weight), name
         assert blank.data_ptr() != weight.data_ptr(), name

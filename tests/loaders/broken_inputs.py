@@ -256,12 +256,6 @@ def _index_picked(tmp: Path) -> Path:
     return _index(RIGHT_MAP)(tmp) / INDEX
 
 
-def _modelslim(tmp: Path) -> Path:
-    write(tmp / "quant_model_weight_w8a8.safetensors", weights("a.weight"))
-    (tmp / "quant_model_description_w8a8.json").write_text("{}", encoding="utf-8")
-    return tmp
-
-
 U8, F32 = ("U8", [2, 2], bytes(4)), ("F32", [2], bytes(8))
 
 BROKEN: tuple[Broken, ...] = (
@@ -272,7 +266,7 @@ BROKEN: tuple[Broken, ...] = (
     Broken("empty_file", _bytes(b""), ("empty", "0 bytes")),
     Broken("four_bytes", _bytes(b"\x01\0\0\0"), ("not a safetensors", "4 bytes in all")),
     Broken("pickle_suffix", _bytes(b"x", "m.ckpt"), (".ckpt", "pickle files can run code")),
-    Broken("gguf_suffix", _bytes(b"GGUF", "m.gguf"), (".gguf", "GGUF loader")),
+    Broken("gguf_suffix", _bytes(b"GGUF", "m.gguf"), (".gguf", "ComfyUI-GGUF")),
     Broken("onnx_suffix", _bytes(b"x", "m.onnx"), (".onnx", "compiled graph")),
     Broken("text_suffix", _bytes(b"x", "m.txt"), (".txt", ".safetensors")),
     Broken("no_suffix", _bytes(b"x", "m"), ("a file without suffix",)),
@@ -333,7 +327,7 @@ BROKEN: tuple[Broken, ...] = (
     Broken("empty_folder", lambda tmp: tmp, ("holds no weights", "an empty folder")),
     Broken("folder_without_weights", _folder("README.md"), ("no weights", "README.md")),
     Broken("folder_of_pickles", _folder("model.bin"), ("only .bin files", "run code")),
-    Broken("folder_of_gguf", _folder("m.gguf"), ("only .gguf files", "GGUF loader")),
+    Broken("folder_of_gguf", _folder("m.gguf"), ("only .gguf files", "ComfyUI-GGUF")),
     Broken("folder_named_as_file", _named_folder, ("holds no weights", "x.safetensors")),
     Broken("folder_of_folders", _only_folders, ("choose one of its folders: transformer",)),
     Broken("several_checkpoints", _several, ("several", "bf16.safetensors, fp8.safetensors")),
@@ -408,39 +402,7 @@ BROKEN: tuple[Broken, ...] = (
         ("contradicts itself", "bitsandbytes", "sdnq", "set scheme to sdnq"),
     ),
     # --- schemes that are recognised and not read
-    Broken("svdq", _tensors({"a.qweight": U8, "a.wscales": F32}), ("SVDQuant", "a")),
-    Broken(
-        "svdq_by_metadata",
-        _tensors(weights("a"), {"quantization_config": '{"method": "svdquant"}'}),
-        ("SVDQuant", "metadata"),
-    ),
-    Broken(
-        "modelopt",
-        _tensors({"a.weight": U8, "a.weight_scale": F32, "a.input_scale": F32}),
-        ("ModelOpt", "comfy_quant"),
-    ),
-    Broken(
-        "modelopt_by_config",
-        _component({"quantization_config": {"quant_algo": "FP8", "producer": {}}}),
-        ("ModelOpt", "quant_algo FP8"),
-    ),
-    Broken("modelopt_by_file", _component(hf_quant_config__json="{}"), ("ModelOpt", "hf_quant")),
-    Broken("modelslim", _modelslim, ("msModelSlim", "quant_model_description_w8a8.json")),
-    Broken(
-        "modelslim_by_tensors",
-        _tensors({"a.weight": U8, "a.weight_scale": F32, "a.weight_offset": F32}),
-        ("msModelSlim",),
-    ),
-    Broken(
-        "bitsandbytes_4bit",
-        _tensors({"a.weight": U8, "a.weight.absmax": F32, "a.weight.quant_map": F32}),
-        ("bitsandbytes",),
-    ),
-    Broken("bitsandbytes_8bit", _tensors({"a.weight": U8, "a.SCB": F32}), ("bitsandbytes",)),
-    Broken("quanto", _tensors({"a.weight._data": U8, "a.weight._scale": F32}), ("quanto",)),
-    Broken("torchao", _tensors({"a._weight_qdata": U8, "a._weight_scale": F32}), ("torchao",)),
     Broken("gptq", _tensors({"a.qweight": U8, "a.qzeros": U8, "a.scales": F32}), ("GPTQ / AWQ",)),
-    Broken("fp8_block", _tensors({"a.weight": U8, "a.weight_scale_inv": F32}), ("FP8",)),
     Broken("compressed_tensors", _tensors({"a.weight_packed": U8}), ("compressed-tensors",)),
     Broken(
         "hqqsvd",

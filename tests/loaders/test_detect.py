@@ -14,6 +14,7 @@ detect = pack("loaders.detect")
 LowBitError = pack("quant.errors").LowBitError
 
 SDNQ = {"quant_method": "sdnq", "sdnq_version": "0.2.8", "weights_dtype": "int8"}
+STATE = "quant_state.bitsandbytes__nf4"  # beside a weight
 F8: Tensor = ("F8_E4M3", [2, 2], bytes(4))
 ONE: Tensor = ("F32", [], bytes(4))
 
@@ -127,10 +128,6 @@ COMFY: dict[str, tuple[dict[str, Tensor], dict | None]] = {
         {"model.diffusion_model.scaled_fp8": F8, "model.diffusion_model.a.scale_weight": ONE},
         None,
     ),
-    "its svdquant marker": (
-        {"a.qweight": F8, "a.wscales": ONE, "a.comfy_quant": marker({"format": "svdquant_w4a4"})},
-        None,
-    ),
 }
 
 
@@ -138,6 +135,103 @@ COMFY: dict[str, tuple[dict[str, Tensor], dict | None]] = {
 def test_comfyuis_own_formats(kind: str, tmp_path: Path):
     tensors, metadata = COMFY[kind]
     assert detect.detect_scheme(opened(tmp_path, tensors, None, metadata)).scheme == "comfy"
+
+
+QWEIGHT: Tensor = ("I8", [2, 2], bytes(4))
+
+SVDQ: dict[str, tuple[dict[str, Tensor], dict | None, dict | None]] = {
+    "W4A4 layers": ({"a.qweight": QWEIGHT, "a.wscales": F8}, None, None),
+    "W4A16 layers": ({"a.qweight": QWEIGHT, "a.wscales": F8, "a.wzeros": F8}, None, None),
+    "model_class": (
+        {"a.qweight": QWEIGHT, "a.wscales": F8},
+        {"model_class": "NunchakuFluxTransformer2dModel"},
+        None,
+    ),
+    "method": (
+        {"a.qweight": QWEIGHT, "a.wscales": F8},
+        {"quantization_config": '{"method": "svdquant", "weight": {"dtype": "int4"}}'},
+        None,
+    ),
+    "manifest alone": (
+        {"a.qweight": QWEIGHT, "a.wscales": F8},
+        {"quantization_config": '{"runtime_manifest": {}}'},
+        None,
+    ),
+    "Nunchaku Lite": (
+        {"a.qweight": QWEIGHT, "a.wscales": F8},
+        None,
+        {"quant_method": "nunchaku_lite", "svdq_w4a4": {"targets": ["a"]}},
+    ),
+    "config without method": (
+        {"a.qweight": QWEIGHT, "a.wscales": F8},
+        None,
+        {"svdq_w4a4": {"targets": ["a"]}},
+    ),
+    "W4A4 marker": (
+        {"a.weight": QWEIGHT, "a.comfy_quant": marker({"format": "svdquant_w4a4"})},
+        None,
+        None,
+    ),
+    "W4A16 marker": (
+        {"a.weight": QWEIGHT, "a.comfy_quant": marker({"format": "awq_w4a16"})},
+        None,
+        None,
+    ),
+    "marker in the metadata": ({"a.weight": QWEIGHT}, layers(a="svdquant_w4a4"), None),
+    "marker beside core's": (
+        {
+            "a.weight": QWEIGHT,
+            "a.comfy_quant": marker({"format": "svdquant_w4a4"}),
+            "b.weight": F8,
+            "b.comfy_quant": marker({"format": "float8_e4m3fn"}),
+        },
+        None,
+        None,
+    ),
+    "layers beside core's marker": (
+        {
+            "a.qweight": QWEIGHT,
+            "a.wscales": F8,
+            "b.weight": F8,
+            "b.comfy_quant": marker({"format": "nvfp4"}),
+        },
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SVDQ)
+def test_svdquant_in_all_its_forms(kind: str, tmp_path: Path):
+    tensors, metadata, config = SVDQ[kind]
+    found = opened(tmp_path, tensors, config, metadata)
+    assert detect.detect_scheme(found).scheme == "svdq"
+    assert detect.detect_scheme(found, "svdq").scheme == "svdq"
+
+
+def test_a_name_is_no_sign_of_svdquant(tmp_path: Path):
+    plain = write(tmp_path / "svdq-int4_r32-flux.safetensors", weights("a.weight"))
+    assert detect.detect_scheme(source.open_source(plain)).scheme == "comfy"
+
+
+@pytest.mark.parametrize("by", ["tensors", "model_class", "both"])
+def test_nunchakus_text_encoder_is_no_diffusion_model(by: str, tmp_path: Path):
+    tensors = weights("a.weight")
+    if by != "model_class":
+        tensors |= {f"b.{name}": F8 for name in ("qweight", "scales", "scaled_zeros")}
+    metadata = {} if by == "tensors" else {"model_class": "NunchakuT5EncoderModel"}
+    with pytest.raises(LowBitError) as caught:
+        detect.detect_scheme(opened(tmp_path, tensors, None, metadata))
+    assert "text encoder" in caught.value.what and "CLIP loader" in caught.value.remedy
+
+
+def test_markers_by_layer(tmp_path: Path):
+    """Those of the tensors come before those of the metadata."""
+    tensors = {"b.weight": F8, "b.comfy_quant": marker({"format": "nvfp4", "x": 1})}
+    found = detect.marked_layers(opened(tmp_path, tensors, None, layers(a="u", b="v")))
+    assert found["a"] == found["model.diffusion_model.a"] == {"format": "u"}
+    assert found["b"] == {"format": "nvfp4", "x": 1}
+    assert detect.marked_layers(opened(tmp_path / "b", weights("a.weight"))) == {}
 
 
 def test_our_own_saved_form(tmp_path: Path):
@@ -162,25 +256,58 @@ def test_who_is_believed_beside_a_modelopt_config(tmp_path: Path):
     tensors = {"a.weight": F8, "a.comfy_quant": marker({"format": "nvfp4"})}
     assert detect.detect_scheme(opened(tmp_path, tensors, modelopt)).scheme == "comfy"
     metadata = layers(a="nvfp4") | {"quantization_config": json.dumps(modelopt)}
-    with pytest.raises(LowBitError, match="ModelOpt"):
-        detect.detect_scheme(opened(tmp_path / "b", {"a.weight": F8}, None, metadata))
+    found = opened(tmp_path / "b", {"a.weight": F8}, None, metadata)
+    assert detect.detect_scheme(found).scheme == "modelopt"
     flat = {"_quantization_metadata": json.dumps(modelopt)}
-    with pytest.raises(LowBitError, match="ModelOpt"):
-        detect.detect_scheme(opened(tmp_path / "c", {"a.weight": F8}, None, flat))
+    found = opened(tmp_path / "c", {"a.weight": F8}, None, flat)
+    assert detect.detect_scheme(found).scheme == "modelopt"
+
+
+MODELOPT: dict[str, dict | None] = {
+    "tensors": None,
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8"},
+    "modelopt_fp4": {"quant_method": "modelopt_fp4"},
+    "algorithm": {"quant_algo": "FP8", "producer": {}},
+    "producer": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}},
+}
+
+
+@pytest.mark.parametrize("by", MODELOPT)
+def test_modelopt_by_tensors_and_config(by: str, tmp_path: Path):
+    tensors = {"a.weight": F8, "a.weight_scale": ONE, "a.input_scale": ONE}
+    found = opened(tmp_path, tensors, MODELOPT[by])
+    assert detect.detect_scheme(found).scheme == "modelopt"
+    assert detect.detect_scheme(found, "modelopt").scheme == "modelopt"
+
+
+def test_modelopt_by_its_own_file(tmp_path: Path):
+    (tmp_path / "hf_quant_config.json").write_text("{}", encoding="utf-8")
+    assert detect.detect_scheme(opened(tmp_path, {"a.weight": F8}, {})).scheme == "modelopt"
+
+
+CHANNELS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+
+
+@pytest.mark.parametrize(
+    ("scale", "config"),
+    [
+        ("weight_scale_inv", None),
+        ("weight_scale_inv", {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+        ("weight_scale", {"quant_method": "fp8"}),
+        ("weight_scale", CHANNELS),
+    ],
+)
+def test_scaled_fp8_of_other_producers(scale: str, config: dict | None, tmp_path: Path):
+    found = opened(tmp_path, {"a.weight": F8, f"a.{scale}": ONE}, config)
+    assert detect.detect_scheme(found).scheme == "fp8"
 
 
 @pytest.mark.parametrize(
     ("method", "named"),
     [
-        ("bitsandbytes", "bitsandbytes"),
-        ("quanto", "optimum-quanto"),
-        ("torchao", "torchao"),
         ("gptq", "GPTQ / AWQ"),
         ("awq", "GPTQ / AWQ"),
-        ("modelopt", "NVIDIA ModelOpt"),
-        ("nunchaku_lite", "SVDQuant / Nunchaku"),
         ("compressed-tensors", "compressed-tensors"),
-        ("fp8", "block-scaled FP8"),
         ("gguf", "GGUF"),
     ],
 )
@@ -188,6 +315,27 @@ def test_other_methods_are_refused_by_name(method: str, named: str, tmp_path: Pa
     with pytest.raises(LowBitError) as caught:
         detect.detect_scheme(opened(tmp_path, weights("a.weight"), {"quant_method": method}))
     assert named in caught.value.what and method in caught.value.found and caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
+        ("bitsandbytes", ("weight", "weight.absmax", "weight.quant_map", f"weight.{STATE}")),
+        ("bitsandbytes", ("weight", f"weight.{STATE}")),
+        ("bitsandbytes", ("weight", "weight.quant_state.bitsandbytes__fp4")),
+        ("bitsandbytes", ("weight", "SCB")),
+        ("quanto", ("weight._data", "weight._scale")),
+        ("quanto", ("weight._data._data", "weight._scale", "weight._shift")),
+        ("torchao", ("_weight_qdata", "_weight_scale")),
+    ],
+)
+def test_other_packages_by_their_tensors_or_config(scheme: str, names, tmp_path: Path):
+    shown = opened(tmp_path, weights(*(f"a.b.{name}" for name in names)))
+    found = detect.detect_scheme(shown)
+    assert found.scheme == scheme
+    assert "1 layers" in found.evidence[0] and "a.b" in found.evidence[0]
+    told = opened(tmp_path / "b", weights("a.weight"), {"quant_method": scheme})
+    assert detect.detect_scheme(told).scheme == scheme
 
 
 def test_an_empty_config_declares_nothing(tmp_path: Path):
@@ -227,8 +375,10 @@ def test_an_override_settles_a_config_that_belongs_elsewhere(tmp_path: Path):
     assert detect.detect_scheme(mixed, "sdnq").scheme == "sdnq"
 
 
-@pytest.mark.parametrize(("override", "what"), [("svdq", "SVDQuant"), ("magic", "unknown scheme")])
+@pytest.mark.parametrize(("override", "what"), [("gptq", "GPTQ"), ("magic", "unknown scheme")])
 def test_an_override_that_is_no_scheme(override: str, what: str, tmp_path: Path):
     with pytest.raises(LowBitError) as caught:
         detect.detect_scheme(opened(tmp_path, weights("a.weight")), override)
-    assert what in caught.value.what and "auto, sdnq, lowbit, comfy" in caught.value.expected
+    assert (
+        what in caught.value.what and ", ".join(("auto", *detect.SCHEMES)) in caught.value.expected
+    )

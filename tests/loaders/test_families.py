@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_models import comfy_forward
+from comfy_models import build_small, comfy_forward
 from safetensors.torch import load_file
 from support import oracle, pack
 
@@ -270,78 +270,14 @@ def test_small_model_loads_and_agrees_with_diffusers(tiny, name):
     assert_same_forward(family.name, model, run)
 
 
-def build_small(name, config, native):
-    """ComfyUI's class at a width that its detection would not take."""
-    import comfy.ops
-    from comfy import model_detection
-    from comfy.ldm.aura.mmdit import MMDiT
-    from comfy.ldm.chroma.model import Chroma
-    from comfy.ldm.lumina.model import NextDiT
-    from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
-
-    found = model_detection.detect_unet_config(dict(native), "")
-    heads = config.get("num_attention_heads")
-    if name == "chroma":
-        cls = Chroma
-        found |= {
-            "hidden_dim": config["approximator_hidden_dim"],
-            "out_dim": found["hidden_size"],
-            "n_layers": config["approximator_layers"],
-        }
-    elif name.startswith("qwen_image"):
-        cls = QwenImageTransformer2DModel
-        found |= {
-            "num_attention_heads": heads,
-            "joint_attention_dim": config["joint_attention_dim"],
-        }
-    elif name == "z_image":
-        cls = NextDiT
-        found |= {
-            "n_heads": config["n_heads"],
-            "n_kv_heads": config["n_kv_heads"],
-            "axes_dims": config["axes_dims"],
-            "rope_theta": config["rope_theta"],
-            "ffn_dim_multiplier": 8 / 3,
-            "z_image_modulation": True,
-            "time_scale": 1000.0,
-            "pad_tokens_multiple": 32,
-            "multiple_of": 1,
-        }
-    elif name == "lumina2":
-        cls = NextDiT
-        found |= {
-            "n_heads": heads,
-            "n_kv_heads": config["num_kv_heads"],
-            "axes_dims": config["axes_dim_rope"],
-            "ffn_dim_multiplier": 4.0,
-        }
-    elif name == "auraflow":
-        cls = MMDiT
-        width = native["init_x_linear.weight"].shape[0]
-        found |= {"dim": width, "global_conddim": width, "n_heads": heads}
-    else:
-        cls = UNetModel
-        found |= {"num_heads": 8} if name == "sd15" else {"num_head_channels": 64}
-    model = cls(
-        **found, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init
-    )
-    if name == "z_image":
-        # ComfyUI makes this layer no wider than the model, diffusers always 1024
-        model.t_embedder = TimestepEmbedder(
-            1024, output_size=256, dtype=torch.float32, operations=comfy.ops.disable_weight_init
-        )
-    model.load_state_dict(native, strict=True)
-    return model.eval()
-
-
 @pytest.mark.parametrize("name", BUILT)
 def test_small_class_agrees_with_diffusers(tiny, name):
+    import comfy.ops
+
     weights, config, run = tiny(name)
     family, _, native = translate(weights, config)
     assert family.name == BUILT[name]
-    model = build_small(name, config, native)
+    model = build_small(family.name, config, native, operations=comfy.ops.disable_weight_init)
     assert_holds(model, native, ())
     assert_same_forward(family.name, model, run)
 
