@@ -22,6 +22,7 @@ from ..families.base import split_prefix
 from ..header import DOWNLOAD_AGAIN
 from ..source import Source, TensorInfo
 from .base import Contents, Entry, SchemeOptions, ShapeOf
+from .modelopt_fallbacks import fallback_set
 from .modelopt_hints import ALGORITHMS, MIXED, REGET, Hints, read_hints
 from .modelopt_layers import FLOATS, PARTS, SCALES, SMOOTHING, Layer, Place, PlainLayer, kind_of
 from .modelopt_nvfp4 import LAYOUTS, Layout, Stored, decide_layout, padded
@@ -32,7 +33,7 @@ RENAMED = {"weight_scale_inv": "weight_scale"}  # as block FP8 of other producer
 ATTENTION = ("k_scale", "v_scale", "q_scale", "p_scale", "output_scale")
 CACHE = "scales of attention or of a key-value cache: ComfyUI's attention stays in 16 bits"
 LEAKED = "state of ModelOpt's quantizer that its export left behind"
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block
 
 
 def read(
@@ -318,10 +319,12 @@ def _facts(
 
 
 def _left(entries: Mapping[str, Entry], prefix: str) -> str:
-    """Modules with a float matrix, numbers of blocks put together."""
+    """Modules with a float matrix, numbers of blocks put together, and the set that they are."""
     found = Counter(
         NUMBER.sub("*", key.removeprefix(prefix).removesuffix(".weight"), count=1)
         for key, entry in entries.items()
         if key.endswith(".weight") and not entry.parts and entry.shape and len(entry.shape) > 1
     )
-    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(found.items()))
+    told = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(found.items()))
+    known = fallback_set(found)
+    return f"{told} (SGLang's fallback set for {known})" if known else told

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import support
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,3 +181,11 @@ def test_run_puts_the_host_within_reach():
 
 def test_run_gives_back_the_exit_code():
     assert command("run", "--", "python", "-c", "raise SystemExit(7)").returncode == 7
+
+
+def test_every_further_oracle_is_made_and_used(host):
+    assert set(support.FURTHER.values()) == set(host.FURTHER_ORACLES)
+    for script in support.FURTHER:
+        assert (support.ORACLES / script).is_file()
+    for name in host.FURTHER_ORACLES:
+        assert (host.PINS / f"oracle-{name}.txt").is_file()

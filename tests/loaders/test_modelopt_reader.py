@@ -175,6 +175,30 @@ def test_a_true_ignore_list_is_not_called_stale(tmp_path):
     assert contents.facts["declared"] == "FP8 (config.json, modelopt 0.47.0)"
 
 
+@pytest.mark.parametrize("name", pack("loaders.schemes.modelopt_fallbacks").FALLBACKS)
+def test_known_sets_of_layers_left_out_are_named(name, tmp_path):
+    kept = pack("loaders.schemes.modelopt_fallbacks").FALLBACKS[name]
+    plain = {
+        module.replace("*", str(block)): {"weight": torch.randn(4, 4)}
+        for module in sorted(kept)
+        for block in (0, 11)
+    }
+    plain["time_text_embed.timestep_embedder.linear_1"] = {"weight": torch.randn(4, 4)}
+    low = {f"single_transformer_blocks.{block}.proj_out": layer("fp8")[0] for block in (0, 11)}
+
+    def told(layers, folder):
+        contents = read(write(tmp_path / folder, layers, declaration("FP8")))
+        return contents.facts["left in 16 bits"]
+
+    assert told(low | plain, "whole").endswith(f"(SGLang's fallback set for {name})")
+    one = {"single_transformer_blocks.3.novel": {"weight": torch.randn(4, 4)}}
+    assert f"for {name}" not in told(low | plain | one, "more")
+    least = dict(plain)
+    for key in [key for key in plain if key.endswith(max(kept).rpartition("*")[2])]:
+        del least[key]
+    assert f"for {name}" not in told(low | least, "less")
+
+
 def nested(tmp_path, layers):
     write(tmp_path, layers)
     inner = {"quant_algo": "FP8", "exclude_modules": ["x"], "kv_cache_quant_algo": None}
