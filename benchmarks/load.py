@@ -11,8 +11,7 @@ the idle host, everything imported; pages of a memory-mapped file do not count.
 | contender        | what is timed                                                                |
 |------------------|------------------------------------------------------------------------------|
 | ours bf16, auto  | ``load_diffusion_model`` in the real ComfyUI, matmul dequantize, by compute  |
-|                  | dtype: scales read and checked, fused layers joined, other codes left as     |
-|                  | views of the mapped file                                                     |
+|                  | dtype: scales read and checked, codes left as views of the mapped file       |
 | sdnq pretrained  | the package's documented call, ``AutoModel.from_pretrained`` of diffusers:   |
 |                  | scales converted and copied, codes left as views of the mapped file          |
 | sdnq load        | ``sdnq.loader.load_sdnq_model``: everything left as views, nothing read      |

@@ -26,20 +26,26 @@ class LowBitLoadDiffusionModel(io.ComfyNode):
             category="LowBit/loaders",
             description=(
                 "Opens a quantized diffusion checkpoint (SDNQ, SVDQuant / Nunchaku, NVIDIA "
-                "ModelOpt, ComfyUI's own formats, or plain) as an ordinary MODEL for every "
-                "sampler, LoRA and ControlNet node. Scheme and model family are told from the file."
+                "ModelOpt, ModelSlim, bitsandbytes, torchao, quanto, ComfyUI's own formats, or "
+                "plain) as an ordinary MODEL for every sampler, LoRA and ControlNet node. Scheme "
+                "and model family are told from the file."
             ),
             search_aliases=[
                 "sdnq",
                 "svdquant",
                 "nunchaku",
                 "modelopt",
+                "modelslim",
+                "bitsandbytes",
+                "torchao",
+                "quanto",
                 "quantized",
                 "int8",
                 "fp8",
                 "uint4",
                 "int4",
                 "nvfp4",
+                "nf4",
                 "low bit",
                 "unet loader",
             ],
