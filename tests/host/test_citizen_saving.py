@@ -195,13 +195,25 @@ def test_int8_handed_to_the_host_is_the_same_model(hand_over, tmp_path):
     assert citizens.error(citizens.run(again), out) < 1e-5
 
 
+def aligned(patcher):
+    """The model with its float layers in memory of their own.
+
+    Sums of a layer depend on how its weight is aligned in memory, in the last bit: enough to round
+    an activation of an int8 product to its neighbour.
+    """
+    for parameter in patcher.model.diffusion_model.parameters():
+        if type(parameter.data) is torch.Tensor:
+            parameter.data = parameter.data.clone()
+    return patcher
+
+
 def test_a_file_of_both_formats_comes_back(hand_over, tmp_path):
     """A save holds the host's layers beside ours where only some fit its kernel."""
     hand_over(lambda spec: "single" in spec.parts[0].name)
     ours = citizens.load("int8_mm", matmul="int8")
     assert hosts_layers(ours) and citizens.layers(ours)
     names = hosts_layers(ours).keys()
-    weights, bits, out = citizens.floats(ours), citizens.codes(ours), citizens.run(ours)
+    weights, bits, out = citizens.floats(ours), citizens.codes(ours), citizens.run(aligned(ours))
     again = citizens.load(saved(ours, tmp_path), matmul="int8")
     assert again.get_attachment("lowbit").scheme == "lowbit"
     assert hosts_layers(again).keys() == names
@@ -213,9 +225,7 @@ def test_a_file_of_both_formats_comes_back(hand_over, tmp_path):
         mine, theirs = (m.model.diffusion_model.get_submodule(name) for m in (ours, again))
         if mine.in_features == 256:
             assert torch.equal(theirs(x), mine(x)), name
-    # Sums of float layers depend on how their memory is aligned: enough to round an activation of
-    # an int8 product to its neighbour.
-    assert citizens.error(citizens.run(again), out) < 0.02
+    assert citizens.error(citizens.run(aligned(again)), out) < 1e-5
 
 
 def test_key_patches_of_layers_that_the_host_keeps(hand_over):
