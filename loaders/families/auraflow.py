@@ -24,7 +24,16 @@ class AuraFlow(MappedFamily):
     )
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
-        double = count(keys, "joint_transformer_blocks.")
-        single = count(keys, "single_transformer_blocks.")
+        return self._told(
+            count(keys, "joint_transformer_blocks."), count(keys, "single_transformer_blocks.")
+        )
+
+    def native_table(self, natives: Mapping[str, tuple[int, ...]]) -> Mapping[str, maps.Target]:
+        keys = set(natives)
+        if "register_tokens" not in keys:
+            return {}
+        return self._told(count(keys, "double_layers."), count(keys, "single_layers."))
+
+    def _told(self, double: int, single: int) -> Mapping[str, maps.Target]:
         config = {"n_double_layers": double, "n_layers": double + single}
         return maps.native_names("auraflow", config)

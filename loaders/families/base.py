@@ -88,11 +88,13 @@ class Piece:
         key: The tensor's logical key as the file spells it.
         rows: ``(first, count)`` of the rows (dim 0) to take; all of them when None.
         op: One of ``OPS``, done after the rows are taken; None for the rows as they are.
+        columns: As ``rows`` of dim 1, where a writer takes a native layer apart (:mod:`.reverse`).
     """
 
     key: str
     rows: tuple[int, int] | None = None
     op: str | None = None
+    columns: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.op is not None and self.op not in OPS:
@@ -184,6 +186,8 @@ class Family:
             of spellings, one is enough.
         rules: The map.
         optional: Native names that may stay unfilled, with the reason.
+        unwritten: Native names that say what such a file says elsewhere, with the place.
+        shares_names: What no rule names is called alike on both sides.
     """
 
     name: str
@@ -192,6 +196,8 @@ class Family:
     signature: tuple[Name, ...] = ()
     rules: tuple[Rule | Split, ...] = ()
     optional: ClassVar[Mapping[str, str]] = {}
+    unwritten: ClassVar[Mapping[str, str]] = {}
+    shares_names: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return f"<family {self.name}>"
@@ -250,6 +256,10 @@ class Family:
     def extras(self, keys: set[str], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Native names and tensors to add, because ComfyUI reads something from their presence."""
         return {}
+
+    def spelled(self, name: str, natives: Mapping[str, tuple[int, ...]]) -> str:
+        """The spelling of a module's name in a file that is written from ComfyUI's tensors."""
+        return name
 
     # what a subclass may replace; keys are without prefix
 

@@ -15,11 +15,15 @@ __all__ = ["MappedFamily", "count", "moves_from"]
 class MappedFamily(Family):
     """A family whose ``_table`` asks ComfyUI for its map.
 
-    Subclasses implement ``_table``; keys that the map names and the file lacks are passed over
-    (the maps name biases and variants that not every file has).
+    Subclasses implement ``_table`` and ``native_table``; keys that the map names and the file lacks
+    are passed over (the maps name biases and variants that not every file has).
     """
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
+        raise NotImplementedError
+
+    def native_table(self, natives: Mapping[str, tuple[int, ...]]) -> Mapping[str, maps.Target]:
+        """ComfyUI's map, told from ComfyUI's names and shapes; empty where they are not of it."""
         raise NotImplementedError
 
     def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:

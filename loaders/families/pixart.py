@@ -29,8 +29,12 @@ class PixArt(MappedFamily):
     }
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
-        config = {
-            "depth": count(keys, "transformer_blocks."),
-            "hidden_size": shapes("pos_embed.proj.weight")[0],
-        }
-        return maps.native_names("pixart", config)
+        return self._told(shapes("pos_embed.proj.weight"), count(keys, "transformer_blocks."))
+
+    def native_table(self, natives: Mapping[str, tuple[int, ...]]) -> Mapping[str, maps.Target]:
+        if not {"x_embedder.proj.weight", "y_embedder.y_proj.fc1.weight"} <= natives.keys():
+            return {}
+        return self._told(natives["x_embedder.proj.weight"], count(set(natives), "blocks."))
+
+    def _told(self, embedder: tuple[int, ...], blocks: int) -> Mapping[str, maps.Target]:
+        return maps.native_names("pixart", {"depth": blocks, "hidden_size": embedder[0]})

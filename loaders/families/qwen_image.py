@@ -22,7 +22,7 @@ Layered                   ``time_text_embed.addition_t_embedding.weight``, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -58,6 +58,9 @@ class QwenImage(Family):
             in_block(BLOCKS, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
         ),
     )
+
+    unwritten: ClassVar = {TIMESTEP_ZERO: "config.json says it: zero_cond_t"}
+    shares_names = True
 
     def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:
         made = super()._moves(keys, config, shapes)

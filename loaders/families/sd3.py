@@ -27,7 +27,14 @@ class SD3(MappedFamily):
     )
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
+        return self._told(shapes("pos_embed.proj.weight"), count(keys, "transformer_blocks."))
+
+    def native_table(self, natives: Mapping[str, tuple[int, ...]]) -> Mapping[str, maps.Target]:
+        if "x_embedder.proj.weight" not in natives:
+            return {}
+        return self._told(natives["x_embedder.proj.weight"], count(set(natives), "joint_blocks."))
+
+    def _told(self, embedder: tuple[int, ...], blocks: int) -> Mapping[str, maps.Target]:
         # ComfyUI counts the width in heads of 64 and calls that the depth
-        depth = shapes("pos_embed.proj.weight")[0] // HEAD
-        blocks = count(keys, "transformer_blocks.")
+        depth = embedder[0] // HEAD
         return maps.native_names("mmdit", {"depth": depth, "num_blocks": blocks})

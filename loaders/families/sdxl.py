@@ -12,7 +12,7 @@ the rows in each of ``attn1.to_q``, ``to_k`` and ``to_v``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ from .mapped import MappedFamily, count, moves_from
 __all__ = ["SDUNet"]
 
 FUSED = ".to_qkv."
+UNCLIP = (768, 1024)  # widths of the text in Stable Diffusion 1 and 2, which unCLIP is made of
 
 
 class SDUNet(MappedFamily):
@@ -37,9 +38,21 @@ class SDUNet(MappedFamily):
         "down_blocks.0.resnets.0.conv1.weight",
         "up_blocks.0.resnets.0.conv1.weight",
     )
+    unwritten: ClassVar = {
+        "v_pred": "the scheduler's config says it",
+        "ztsnr": "the scheduler's config says it",
+    }
 
     def _table(self, keys: set[str], shapes: Shapes) -> Mapping[str, maps.Target]:
         return maps.native_names("unet", structure(keys))
+
+    def native_table(self, natives: Mapping[str, tuple[int, ...]]) -> Mapping[str, maps.Target]:
+        if not {"input_blocks.0.0.weight", "out.2.weight"} <= natives.keys():
+            return {}
+        table = maps.native_names("unet", maps.unet_structure(natives))
+        # Both are ComfyUI's label_emb: sizes and crops beside the text in XL, a picture in unCLIP.
+        other = "add_embedding." if _context(natives) in UNCLIP else "class_embedding."
+        return {source: to for source, to in table.items() if not source.startswith(other)}
 
     def _moves(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> list[Move]:
         table = self._table(keys, shapes)
@@ -87,3 +100,9 @@ def structure(keys: set[str]) -> dict[str, Any]:
         "transformer_depth_output": up[::-1],
         "transformer_depth_middle": count(keys, "mid_block.attentions.0.transformer_blocks."),
     }
+
+
+def _context(natives: Mapping[str, tuple[int, ...]]) -> int:
+    """Width of the text, 0 where there is no cross attention."""
+    ends = ".attn2.to_k.weight"
+    return next((shape[1] for key, shape in natives.items() if key.endswith(ends)), 0)

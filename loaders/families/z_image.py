@@ -29,6 +29,8 @@ feed_forward.net.2              feed_forward.w2
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .base import Family, Rule, Split
 from .flux import in_block
 
@@ -160,3 +162,10 @@ class Lumina2(Family):
         Rule(("norm_out.linear_1",), "final_layer.adaLN_modulation.1"),
         Rule(("norm_out.linear_2",), "final_layer.linear"),
     )
+
+    def spelled(self, name: str, natives: Mapping[str, tuple[int, ...]]) -> str:
+        """The first norm stands in a module of its own just where the block is modulated."""
+        block = name.removesuffix(".norm1.norm")
+        if block != name and f"{block}.adaLN_modulation.1.weight" not in natives:
+            return f"{block}.norm1"
+        return name

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_detection
 import comfy.utils
+import torch
 
 from ...quant.errors import LowBitError
 
-__all__ = ["KINDS", "Target", "native_names"]
+__all__ = ["KINDS", "Target", "native_names", "unet_structure"]
 
 #: our name for a map -> ComfyUI's function
 KINDS = {
@@ -65,6 +67,22 @@ def native_names(kind: str, structure: Mapping[str, Any]) -> dict[str, Target]:
             raise _changed(kind, repr(entry), "row offsets, or swap_scale_shift of a whole tensor")
         table[source] = Target(native, rows and (rows[1], rows[2]), bool(functions))
     return table
+
+
+def unet_structure(natives: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What ComfyUI calls the structure of a UNet, from its own names and shapes.
+
+    Raises:
+        LowBitError: ComfyUI does not recognise it.
+    """
+    hollow = {key: torch.empty(shape, device="meta") for key, shape in natives.items()}
+    try:
+        structure = comfy.model_detection.detect_unet_config(hollow, "")
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise _changed("unet", f"no structure: {error!r}", "blocks, layers and depths") from error
+    if not structure or "num_res_blocks" not in structure:
+        raise _changed("unet", f"the structure {structure}", "blocks, layers and depths")
+    return structure
 
 
 def _changed(kind: str, found: str, expected: str) -> LowBitError:
