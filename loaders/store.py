@@ -37,6 +37,7 @@ PAGE = 4096  # where tensors start, so that a reader can map them without a copy
 ENTRY = 256  # bytes of a header that are left for a tensor
 CHUNK = 64 * 2**20
 LOCK_AT = 2**62  # a byte that no file has: Windows keeps readers from locked bytes
+LOCK = ".lock"  # in a folder that is being written
 SHARD_BYTES = 5 * 10**9
 
 _CODES = {getattr(torch, name): code for code, (_, name) in DTYPES.items() if name}
@@ -257,13 +258,18 @@ class TensorFolder:
         self._shards: list[tuple[str, ...]] = []
         self._bytes = 0
         with _told(self.target):
-            for left in self._partial.glob(".*.partial"):
-                with left.open("r+b") as file:
-                    _lock_or_refuse(file, self.target)
-            if self._partial.exists():
-                shutil.rmtree(self._partial)  # of a writer that was killed
-            self._partial.mkdir()
-        self._shard = self._open()
+            self._partial.mkdir(exist_ok=True)
+            self._held: BinaryIO = (self._partial / LOCK).open("ab")
+        try:
+            _lock_or_refuse(self._held, self.target)
+            with _told(self.target):
+                for left in self._partial.iterdir():  # of a writer that was killed
+                    if left.name != LOCK:
+                        left.unlink()
+            self._shard = self._open()
+        except BaseException:
+            self._held.close()
+            raise
 
     def __enter__(self) -> TensorFolder:
         return self
@@ -301,6 +307,8 @@ class TensorFolder:
                 os.replace(self._partial / self._name(1), only)
             else:
                 self._index()
+            self._held.close()
+            (self._partial / LOCK).unlink()
             _sync(self._partial)
             if self.target.exists():
                 self.target.rmdir()  # an empty one
@@ -311,6 +319,7 @@ class TensorFolder:
     def discard(self) -> None:
         """Remove what was written, unless it was finished."""
         self._shard.discard()
+        self._held.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _refuse_existing(self) -> None:

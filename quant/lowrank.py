@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["find_branch"]
+__all__ = ["find_branch", "truncated_svd"]
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix).Q
 
 
-def _truncated_svd(weight: Tensor, rank: int, steps: int, seed: int) -> tuple[Tensor, ...]:
+def truncated_svd(weight: Tensor, rank: int, steps: int, seed: int) -> tuple[Tensor, ...]:
     """U [O, r], S [r], V [I, r] of the `rank` largest singular values."""
     if weight.shape[0] < weight.shape[1]:
-        left, values, right = _truncated_svd(weight.t(), rank, steps, seed)
+        left, values, right = truncated_svd(weight.t(), rank, steps, seed)
         return right, values, left
     noise = torch.Generator(device=weight.device).manual_seed(seed)
     start = torch.randn(
@@ -40,7 +40,7 @@ def find_branch(
     The factors are rounded to `dtype` first, so that the residual makes up for it. `steps` power
     iterations start from random directions, which are the same for the same seed.
     """
-    left, values, right = _truncated_svd(weight, rank, steps, seed)
+    left, values, right = truncated_svd(weight, rank, steps, seed)
     up = (left * values).to(dtype)
     down = right.t().to(dtype).contiguous()
     return up, down, weight - up.to(torch.float32) @ down.to(torch.float32)

@@ -26,6 +26,8 @@ ORACLE_PYTHON = os.environ.get("LOWBIT_ORACLE_PYTHON", "")
 #: Scripts for a further oracle environment: a name in FURTHER_ORACLES of scripts/host.py.
 FURTHER = {
     "modelopt_files.py": "modelopt",
+    "modelopt_weights.py": "modelopt",
+    "modelopt_written.py": "modelopt",
     "others_files.py": "others",
     "others_layers.py": "others",
 }

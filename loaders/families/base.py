@@ -35,6 +35,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...quant.errors import LowBitError
+from ...quant.recipe import Facts
+from .facts import FACTS, UNKNOWN
 
 if TYPE_CHECKING:
     import torch
@@ -203,6 +205,11 @@ class Family:
         return f"<family {self.name}>"
 
     # what the rest of the pack calls
+
+    @property
+    def facts(self) -> Facts:
+        """What quantizing has to know of the family."""
+        return FACTS.get(self.name, UNKNOWN)
 
     def matches(self, keys: set[str], config: Mapping[str, Any], shapes: Shapes) -> str | None:
         """Evidence that a checkpoint is of this family, or None."""

@@ -29,7 +29,7 @@ import torch
 from .base import Family, Move, Shapes, Split, identity
 from .flux import CONTEXT_QKV, in_block
 
-__all__ = ["QwenImage"]
+__all__ = ["TIMESTEP_ZERO", "QwenImage"]
 
 TIMESTEP_ZERO = "__index_timestep_zero__"
 

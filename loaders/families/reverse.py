@@ -173,8 +173,8 @@ def _take_apart(
         raise _unlike(key, weight, "a matrix")
     shares = _shares(weight, len(names), rule.axis, key)
     if rule.axis == "columns" and end == ".bias":
-        # The outputs are added: the first part brings the whole bias.
-        return [Move(names[0], (Piece(key),))]
+        # The outputs are added: one part brings the whole bias, the one that it does in Nunchaku's.
+        return [Move(names[-1], (Piece(key),))]
     made, start = [], 0
     for name, share in zip(names, shares, strict=True):
         cut = {"columns" if rule.axis == "columns" else "rows": (start, share)}

@@ -141,3 +141,34 @@ def test_a_layer_that_is_not_as_wide_as_attention_is_told(published):
     with pytest.raises(LowBitError, match="cannot be taken apart") as caught:
         reverse(shapes)
     assert caught.value.layer == "single_blocks.3.linear1.weight"
+
+
+# ---------------------------------------------------------------------- configs, told from shapes
+
+#: What shapes cannot tell: which of two models of equal tensors it is, and what nothing reads.
+UNTOLD = {"_diffusers_version", "zero_cond_t", "sample_size"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n, family in PUBLISHED.items() if family not in ("auraflow", "pixart", "sdxl")],
+)
+def test_the_config_of_a_published_model_is_told_from_its_shapes(published, name):
+    told = published(name)
+    shapes = {key: tuple(shape) for key, shape in told["shapes"].items()}
+    families, teller = pack("loaders.families"), pack("loaders.families.configs").diffusers_config
+    family, _ = families.detect_family(set(shapes), told["config"], shapes.get)
+    extras = family.extras(set(shapes), told["config"])
+    config = teller(told["config"]["_class_name"], shapes, extras)
+    assert config.get("zero_cond_t", False) == told["config"].get("zero_cond_t", False)
+    assert config.keys() - UNTOLD == told["config"].keys() - UNTOLD
+    assert {k: v for k, v in config.items() if k not in UNTOLD} == {
+        k: v for k, v in told["config"].items() if k not in UNTOLD
+    }
+
+
+def test_a_config_that_shapes_do_not_tell_is_an_error():
+    configs = pack("loaders.families.configs")
+    with pytest.raises(LowBitError, match="cannot be told") as caught:
+        configs.diffusers_config("UNet2DConditionModel", {})
+    assert "FluxTransformer2DModel" in caught.value.expected
