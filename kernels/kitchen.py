@@ -31,6 +31,7 @@ __all__ = [
     "linear_faithful",
     "linear_int8",
     "linear_weight_only",
+    "why_no_int8",
     "why_no_svdquant",
     "why_no_weight_only",
     "why_unavailable",
@@ -42,12 +43,15 @@ WEIGHT_ONLY_ROWS = 64
 _RANK_STEP = 16
 
 
-def why_unavailable(device: str, operations: tuple[str, ...] = ()) -> str | None:
+def why_unavailable(
+    device: str, operations: tuple[str, ...] = (), besides: tuple[str, ...] = ()
+) -> str | None:
     """None where comfy-kitchen has an accelerated backend that the host has not switched off.
 
     Args:
         device: Device type.
         operations: What the backend must be able to do.
+        besides: Backends that do not count.
     """
     try:
         import comfy_kitchen
@@ -56,7 +60,7 @@ def why_unavailable(device: str, operations: tuple[str, ...] = ()) -> str | None
     backends = comfy_kitchen.list_backends()
     reasons = []
     for name, state in backends.items():
-        if name == "eager":
+        if name == "eager" or name in besides:
             continue
         if state.get("available") and not state.get("disabled"):
             lacking = [name for name in operations if name not in state.get("capabilities", ())]
@@ -67,6 +71,13 @@ def why_unavailable(device: str, operations: tuple[str, ...] = ()) -> str | None
         reason = "switched off by the host" if state.get("disabled") else ""
         reasons.append(f"{name}: {state.get('unavailable_reason') or reason or 'unavailable'}")
     return "comfy-kitchen has only its eager backend here (" + "; ".join(reasons) + ")"
+
+
+def why_no_int8(call: Call) -> str | None:
+    """None where comfy-kitchen has compiled int8 products; the pack's own Triton ones go before
+    its.
+    """
+    return why_unavailable(call.device, ("int8_linear",), ("triton",))
 
 
 def why_no_svdquant(call: Call) -> str | None:

@@ -17,7 +17,7 @@ float32 product of its own. Fewer than `MATMUL_ROWS` rows are dequantized instea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import index as fixed  # a plain int; a symbol is made one by a guard
 
@@ -47,7 +47,9 @@ __all__ = [
     "linear_int8",
     "linear_uint8",
     "plain_weight",
+    "prepared",
     "reduced_axis",
+    "row_chunks",
     "smoothed",
     "uint8_weight",
     "unpack",
@@ -285,6 +287,16 @@ def _row_range(tensors: dict[str, Tensor], spec: WeightSpec, start: int, stop: i
     return rows
 
 
+def row_chunks(
+    tensors: dict[str, Tensor], spec: WeightSpec, rows: int
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """``(start, stop, views of the tensors of these rows)``, about `rows` at a time."""
+    step = max(rows // _ROW_STEP, 1) * _ROW_STEP
+    for start in range(0, spec.rows, step):
+        stop = min(start + step, spec.rows)
+        yield start, stop, _row_range(tensors, spec, start, stop)
+
+
 def dequantize(
     tensors: dict[str, Tensor],
     spec: WeightSpec,
@@ -309,11 +321,8 @@ def dequantize(
     if spec.numel <= chunk or not _is_plain(codes):
         weight = _dequantize_block(tensors, spec, spec.rows, branch, unrotate, unsmooth)
         return weight.view(spec.shape).to(dtype)
-    step = max(chunk // spec.columns // _ROW_STEP, 1) * _ROW_STEP
     result = torch.empty((spec.rows, spec.columns), dtype=dtype, device=codes.device)
-    for start in range(0, spec.rows, step):
-        stop = min(start + step, spec.rows)
-        part = _row_range(tensors, spec, start, stop)
+    for start, stop, part in row_chunks(tensors, spec, chunk // spec.columns):
         result[start:stop] = _dequantize_block(part, spec, stop - start, branch, unrotate, unsmooth)
     return result.view(spec.shape)
 
@@ -507,7 +516,7 @@ def float_weight(
     return values, scale.t()
 
 
-def _prepared(
+def prepared(
     x: Tensor, tensors: dict[str, Tensor], spec: WeightSpec, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """x as rotated, smoothed float32 rows [M, I], and bias plus low-rank branch: [O], [M, O]."""
@@ -560,7 +569,7 @@ def linear_int8(
     """
     if _few_rows(x):
         return linear_dequantize(x, tensors, spec, bias)
-    rows, bias = _prepared(x, tensors, spec, bias)
+    rows, bias = prepared(x, tensors, spec, bias)
     codes, scale, zero_point = int8_weight(tensors, spec)
     x_codes, x_scale = _int8_rows(rows)
     if zero_point is not None:
@@ -584,7 +593,7 @@ def linear_uint8(
     """
     if _few_rows(x):
         return linear_dequantize(x, tensors, spec, bias)
-    rows, bias = _prepared(x, tensors, spec, bias)
+    rows, bias = prepared(x, tensors, spec, bias)
     codes, scale, zero_point = uint8_weight(tensors, spec)
     x_codes, x_scale, x_zero = _uint8_rows(rows)
     column_sum = codes.sum(dim=-1, dtype=torch.int32).view(1, -1)
@@ -607,7 +616,7 @@ def _linear_float(
 ) -> Tensor:
     if _few_rows(x):
         return linear_dequantize(x, tensors, spec, bias)
-    rows, bias = _prepared(x, tensors, spec, bias)
+    rows, bias = prepared(x, tensors, spec, bias)
     values, scale = float_weight(tensors, spec, dtype)
     x_values, x_scale = _float_rows(rows, dtype)
     product = x_values.to(torch.float32) @ values.to(torch.float32).t()

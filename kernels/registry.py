@@ -15,22 +15,32 @@ Operations (all take plain tensors; ``spec`` is a :class:`~.spec.WeightSpec`):
 ``linear_fp16``         the same in float16 with per-row scales
 ``linear_faithful``     the same with activations rounded as ``spec.activation`` says
 ======================  =====================================================================
+
+Nobody has run every kernel on every device. Kernels of a backend that is ``tried`` are therefore
+compiled and compared with the reference when they are first needed (:mod:`.trial`); one that fails
+is left out for its format from then on, said once in the log, and the next best is taken. The same
+happens to one that fails later, for a shape that the trial did not have.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 
 from .spec import ActivationSpec
+from .trial import Trial
 
 __all__ = [
     "BACKENDS",
+    "FOUR_BITS",
     "MATMUL_OPERATIONS",
     "Backend",
     "Call",
@@ -38,6 +48,7 @@ __all__ = [
     "Implementation",
     "NoImplementationError",
     "Registry",
+    "Running",
     "registry",
 ]
 
@@ -50,6 +61,12 @@ MATMUL_OPERATIONS = {
     "faithful": "linear_faithful",
 }
 """Operation behind each resolved ``matmul`` mode."""
+
+FOUR_BITS = ("int4", "uint4", "float4_e2m1fn")
+"""Formats of activations that few devices multiply."""
+
+GPUS = ("cuda", "xpu")
+"""Device types of graphics cards; AMD's are "cuda" too."""
 
 EMULATED = "multiplies 4-bit integers, which compute capability {}.{} only emulates"
 OPT_IN = "is used only where it is chosen as the backend: nobody has measured it yet"
@@ -77,6 +94,8 @@ class Call:
         rank: Of the low-rank branch.
         rotated: With a Hadamard rotation.
         smoothing, two_level, activation: As in the :class:`~.spec.WeightSpec`.
+        architecture: "sm_90", "gfx1100", "xpu"; empty on others.
+        rows: Of the activations; None for many, as images have.
     """
 
     device: str
@@ -94,15 +113,20 @@ class Call:
     smoothing: str = ""
     two_level: bool = False
     activation: ActivationSpec | None = None
+    architecture: str = ""
+    rows: int | None = None
 
 
 # ----------------------------------------------------------------------- constraints, as data
+
+# Those with ``of_device`` set ask the device alone: they tell what a device can run at all.
 
 
 @dataclass(frozen=True)
 class OnDevice:
     """The device type is one of these."""
 
+    of_device: ClassVar[bool] = True
     types: tuple[str, ...]
 
     def why_not(self, call: Call) -> str | None:
@@ -115,6 +139,7 @@ class OnDevice:
 class MinCapability:
     """CUDA compute capability of at least this."""
 
+    of_device: ClassVar[bool] = True
     major: int
     minor: int = 0
 
@@ -122,7 +147,57 @@ class MinCapability:
         if call.capability is not None and call.capability >= (self.major, self.minor):
             return None
         have = "none" if call.capability is None else "{}.{}".format(*call.capability)
+        if call.capability is None and call.architecture:
+            have = f"none ({call.architecture})"
         return f"needs compute capability {self.major}.{self.minor}, this device has {have}"
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """A GPU of these makes.
+
+    Attributes:
+        cuda: Least compute capability of NVIDIA's, None for none of them.
+        hip: How the names of AMD's begin: "gfx9", "gfx1100".
+        xpu: Whether Intel's are among them.
+    """
+
+    of_device: ClassVar[bool] = True
+    cuda: tuple[int, int] | None = None
+    hip: tuple[str, ...] = ()
+    xpu: bool = False
+
+    def why_not(self, call: Call) -> str | None:
+        if call.device == "xpu" and self.xpu:
+            return None
+        if call.capability is not None:
+            if self.cuda is not None and call.capability >= self.cuda:
+                return None
+        elif call.device == "cuda" and call.architecture.startswith(self.hip or ("none",)):
+            return None
+        wanted = [] if self.cuda is None else ["compute capability {}.{}".format(*self.cuda)]
+        wanted += [f"AMD {' or '.join(self.hip)}"] if self.hip else []
+        wanted += ["Intel XPU"] if self.xpu else []
+        if call.capability is not None:
+            have = "compute capability {}.{}".format(*call.capability)
+        else:
+            have = call.architecture or call.device
+        return f"needs {', '.join(wanted)}; this device is {have}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations of this many rows."""
+
+    least: int = 0
+    most: int | None = None
+
+    def why_not(self, call: Call) -> str | None:
+        if call.rows is not None and call.rows < self.least:
+            return f"is for {self.least} rows and more"
+        if self.most is not None and (call.rows is None or call.rows > self.most):
+            return f"is for at most {self.most} rows"
+        return None
 
 
 @dataclass(frozen=True)
@@ -222,6 +297,21 @@ class RoundsActivations:
 
 
 @dataclass(frozen=True)
+class ActivationsIn:
+    """Activations are rounded to one of these formats."""
+
+    names: tuple[str, ...]
+
+    def why_not(self, call: Call) -> str | None:
+        if call.activation is None:
+            return RoundsActivations().why_not(call)
+        if call.activation.format in self.names:
+            return None
+        wanted = " or ".join(self.names)
+        return f"needs activations in {wanted}, these are in {call.activation.format}"
+
+
+@dataclass(frozen=True)
 class SVDQuant:
     """Weight and activations in 4 bits with the groups and scales of SVDQuant.
 
@@ -280,11 +370,13 @@ class Backend:
         probe: ``module:function`` that takes a device type and gives None where the backend is
             usable on this machine, else the reason; empty for what is always usable.
         opt_in: Never chosen by "auto".
+        tried: Its implementations are compared with the reference before they are relied on.
     """
 
     name: str
     probe: str = ""
     opt_in: bool = False
+    tried: bool = False
 
     def why_not(self, device: str) -> str | None:
         """None where usable, else the reason."""
@@ -293,8 +385,9 @@ class Backend:
 
 BACKENDS = (
     Backend("reference"),
+    Backend("torch", ".cpu:why_unavailable"),
     Backend("comfy_kitchen", ".kitchen:why_unavailable"),
-    Backend("triton", ".triton:why_unavailable"),
+    Backend("triton", ".triton:why_unavailable", tried=True),
     Backend("nunchaku", ".nunchaku:why_unavailable", opt_in=True),
 )
 
@@ -313,6 +406,12 @@ class Implementation:
             behind the backend to see whether this can be computed.
         emulated_from: CUDA compute capability from which devices lack the matrix instruction behind
             it: it is right there, but only chosen where the user chose its backend.
+        priority_on: ``(architecture, priority)`` where it differs, by how the name begins.
+        second_choice: Right, but a weight-only product is faster and more exact, so that "auto"
+            takes that; for those who ask for this very arithmetic.
+        prepare, finish: ``module:function`` of both halves of a product, for layers that share x:
+            ``prepare(x, spec)`` rotates and rounds x, and depends on nothing else of the weight;
+            ``finish(prepared, tensors, spec, bias)`` gives what the target would.
     """
 
     operation: str
@@ -322,19 +421,38 @@ class Implementation:
     constraints: tuple = ()
     probe: str = ""
     emulated_from: tuple[int, int] | None = None
+    priority_on: tuple[tuple[str, int], ...] = ()
+    second_choice: bool = False
+    prepare: str = ""
+    finish: str = ""
 
-    def why_not(self, call: Call, *, forced: bool = True) -> str | None:
+    @property
+    def family(self) -> Backend:
+        """Its backend."""
+        return next(b for b in BACKENDS if b.name == self.backend)
+
+    def rank(self, architecture: str) -> int:
+        """Its priority on an architecture."""
+        for name, priority in self.priority_on:
+            if architecture.startswith(name):
+                return priority
+        return self.priority
+
+    def why_not(self, call: Call, *, forced: bool = True, device_only: bool = False) -> str | None:
         """None where it applies, else the first reason against it.
 
         Args:
             call: What is asked for.
             forced: Whether the user chose this backend.
+            device_only: Ask about the device, whatever the weight.
         """
         for constraint in self.constraints:
+            if device_only and not getattr(constraint, "of_device", False):
+                continue
             reason = constraint.why_not(call)
             if reason is not None:
                 return reason
-        backend = next(b for b in BACKENDS if b.name == self.backend)
+        backend = self.family
         if backend.opt_in and not forced:
             return OPT_IN
         capability = call.capability
@@ -371,6 +489,11 @@ class Registry:
 
     _table: dict[str, list[Implementation]] = field(default_factory=dict)  # {operation: [...]}
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # {(implementation, device, format): why it is left out}
+    _troubles: dict[tuple, str] = field(default_factory=dict)
+    # {(implementation, device, problem): seconds that its trial took}
+    _trials: dict[tuple, float] = field(default_factory=dict)
+    _trial_lock: threading.RLock = field(default_factory=threading.RLock)
 
     def register(self, implementation: Implementation) -> None:
         """Add an implementation; the highest priority stands first."""
@@ -389,7 +512,9 @@ class Registry:
         with self._lock:
             return tuple(sorted(self._table))
 
-    def choose(self, operation: str, call: Call, backend: str = "auto") -> Choice:
+    def choose(
+        self, operation: str, call: Call, backend: str = "auto", trial: Trial | None = None
+    ) -> Choice:
         """The best implementation that applies.
 
         Args:
@@ -398,12 +523,14 @@ class Registry:
             backend: "auto", or a backend's name. A forced backend is never left silently: where
                 it has no implementation that applies, the reference stands in and the reason is
                 part of the choice.
+            trial: What to try implementations with that are not known to be right yet; without
+                one nothing is compiled, and only those that have failed are left out.
 
         Raises:
             NoImplementationError: Nothing applies; lists the reason of each.
         """
         refused: list[tuple[str, str]] = []
-        rows = self.implementations(operation)
+        rows = sorted(self.implementations(operation), key=lambda r: -r.rank(call.architecture))
         if backend not in ("auto", "reference") and all(r.backend != backend for r in rows):
             refused.append((backend, f"has no {operation}"))
         for row in rows:
@@ -412,11 +539,90 @@ class Registry:
             if backend == "reference" and row.backend != "reference":
                 continue
             reason = row.why_not(call, forced=backend == row.backend)
+            if reason is None and row.family.tried:
+                reason = self._why_left_out(row, call, trial)
             if reason is None:
                 return Choice(row, tuple(refused))
             refused.append((row.backend, reason))
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused) or "none registered"
         raise NoImplementationError(f"nothing computes {operation} here ({reasons})")
+
+    def _why_left_out(self, row: Implementation, call: Call, trial: Trial | None) -> str | None:
+        """Why it failed here; tries it first, if it may."""
+        where = (call.device, call.architecture)
+        if trial is not None:
+            key = (row, where, trial.problem)
+            with self._trial_lock:
+                if key not in self._trials and (row, where, call.format) not in self._troubles:
+                    started = time.perf_counter()
+                    reason = trial.why_wrong(row.function(), self._definition(row), row.operation)
+                    self._trials[key] = time.perf_counter() - started
+                    if reason is not None:
+                        self.leave_out(row, call, reason)
+        return self._troubles.get((row, where, call.format))
+
+    def _definition(self, row: Implementation) -> Callable:
+        """The reference of an implementation."""
+        rows = self.implementations(row.operation)
+        return next(r for r in rows if r.backend == "reference").function()
+
+    def leave_out(self, row: Implementation, call: Call, reason: str) -> None:
+        """Use an implementation no more for codes of this format on this kind of device."""
+        key = (row, (call.device, call.architecture), call.format)
+        with self._lock:
+            if key in self._troubles:
+                return
+            self._troubles[key] = reason
+        logging.warning(
+            "LowBit: %s by %s is not used for %s weights on this device (%s); the next best "
+            "kernel takes its place. Please report this with the line above.",
+            *(row.operation, row.backend, call.format, reason),
+        )
+
+    def seconds_spent(self) -> dict[str, float]:
+        """``{"operation by backend": seconds of compiling and trying it}`` in this process."""
+        spent: dict[str, float] = {}
+        for (row, *_), seconds in list(self._trials.items()):
+            name = f"{row.operation} by {row.backend}"
+            spent[name] = spent.get(name, 0.0) + seconds
+        return spent
+
+    def on_device(self, call: Call) -> dict[str, tuple[tuple[str, str | None], ...]]:
+        """``{operation: ((backend, None or why not), ...)}`` best first, whatever the weight.
+
+        Args:
+            call: Of the device; the weight in it is not looked at.
+        """
+        table = {}
+        for operation in self.operations():
+            rows = sorted(self.implementations(operation), key=lambda r: -r.rank(call.architecture))
+            told: dict[str, str | None] = {}
+            for row in rows:
+                reason = row.why_not(call, forced=False, device_only=True)
+                if row.backend not in told or reason is None:
+                    told[row.backend] = reason
+            table[operation] = tuple(told.items())
+        return table
+
+    def failures(self) -> tuple[str, ...]:
+        """What was left out in this process, a sentence for each implementation and format."""
+        return tuple(
+            f"{row.operation} by {row.backend} is not used for {format_} weights: {reason}"
+            for (row, _, format_), reason in list(self._troubles.items())
+        )
+
+    def row_limits(self, operations: tuple[str, ...]) -> tuple[int, ...]:
+        """The numbers of rows up to which another implementation may be best, in order."""
+        limits = {
+            limit
+            for operation in operations
+            for row in self.implementations(operation)
+            for constraint in row.constraints
+            if isinstance(constraint, Rows)
+            for limit in (constraint.least - 1, constraint.most)
+            if limit is not None and limit > 0
+        }
+        return tuple(sorted(limits))
 
     def backend_status(self, device: str) -> dict[str, str | None]:
         """``{backend: None or the reason why it is not usable on this machine}``."""
@@ -428,6 +634,83 @@ class Registry:
             else "this version of the pack has no kernels for it"
             for b in BACKENDS
         }
+
+
+class Running:
+    """An implementation at work: gives way to the next best where its kernel cannot be built.
+
+    A trial has few shapes; a kernel for another one may still fail to compile, or need more shared
+    memory than the device has. Under torch.compile, whose graph cannot change its mind, and where
+    the memory is full, errors stay errors.
+    """
+
+    def __init__(
+        self, choice: Choice, call: Call, backend: str, source: Registry, shares: bool = False
+    ) -> None:
+        self._call, self._backend, self._registry = call, backend, source
+        self._shares = shares
+        self._use(choice)
+
+    def _use(self, choice: Choice) -> None:
+        row = self.implementation = choice.implementation
+        self.function = row.function()
+        self.guarded = row.family.tried
+        both = self._shares and row.prepare
+        self.prepare = _load(row.prepare) if both else None
+        self.finish = _load(row.finish) if both else None
+
+    def __call__(self, *args):
+        """What the implementation's target gives."""
+        if not self.guarded or torch.compiler.is_compiling():
+            return self.function(*args)
+        try:
+            return self.function(*args)
+        except Exception as error:
+            self._give_way(error)
+        return self(*args)
+
+    def shared(self, x, prepared: dict, slot: str, *args):
+        """The same by both halves; the first half's result is kept in ``prepared[slot]``."""
+        if self.prepare is None:
+            return self(x, *args)
+        if torch.compiler.is_compiling():
+            if slot not in prepared:
+                prepared[slot] = self.prepare(x, args[1])
+            return self.finish(prepared[slot], *args)
+        try:
+            if slot not in prepared:
+                prepared[slot] = self.prepare(x, args[1])
+            return self.finish(prepared[slot], *args)
+        except Exception as error:
+            if not self.guarded:
+                raise
+            self._give_way(error)
+        return self(x, *args)
+
+    def _give_way(self, error: Exception) -> None:
+        if not _of_triton(error):
+            raise error
+        self._registry.leave_out(self.implementation, self._call, _told(error))
+        self._use(self._registry.choose(self.implementation.operation, self._call, self._backend))
+
+
+def _told(error: Exception) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def _of_triton(error: Exception) -> bool:
+    """Whether compiling or launching by Triton raised it, not torch and not a want of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    if type(error).__module__.split(".")[0] == "triton":
+        return True
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == "triton":
+            return True
+        trace = trace.tb_next
+    return False
 
 
 registry = Registry()
@@ -444,6 +727,12 @@ for _operation, _constraints in (
         Implementation(_operation, "reference", f".reference:{_operation}", 0, _constraints)
     )
 registry.register(Implementation("linear_weight_only", "reference", ".reference:linear_dequantize"))
+for _operation in ("linear_int8", "linear_uint8"):
+    registry.register(
+        Implementation(
+            _operation, "torch", f".cpu:{_operation}", 10, (OnDevice(("cpu",)), *_QUANTIZED)
+        )
+    )
 registry.register(
     Implementation(
         "linear_faithful",
@@ -461,12 +750,15 @@ registry.register(
         20,
         (
             OnDevice(("cuda",)),
-            MinCapability(7, 5),
+            Architectures(cuda=(7, 5), hip=("gfx11", "gfx12")),
             IsLinear(),
             MatmulShape(),
             FormatIn(("int8",)),
             Rowwise(),
         ),
+        ".kitchen:why_no_int8",
+        # It has no warp-group instructions there, and Triton's kernel has.
+        priority_on=(("sm_90", 5),),
     )
 )
 registry.register(
@@ -484,6 +776,7 @@ registry.register(
             GroupIn((64,)),
             Plain(),
             DtypeIn(),
+            Rows(most=64),  # it is made for modulation layers
         ),
         ".kitchen:why_no_weight_only",
     )
@@ -496,7 +789,7 @@ registry.register(
         20,
         (
             OnDevice(("cuda",)),
-            MinCapability(8, 0),
+            Architectures(cuda=(8, 0), hip=("gfx11", "gfx12")),
             IsLinear(),
             MatmulShape(128, 128),
             SVDQuant((("int4", 64, ""),)),
@@ -522,3 +815,50 @@ registry.register(
         ".nunchaku:why_not_here",
     )
 )
+
+# Triton's kernels. What a device has no instructions for is not claimed: Triton has no products for
+# Turing, where weights are unpacked for the library's.
+_CARDS = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+_UNPACKS = Architectures(cuda=(7, 5), hip=_CARDS, xpu=True)
+_MULTIPLIES = Architectures(cuda=(8, 0), hip=_CARDS, xpu=True)
+_MULTIPLIES_FP8 = Architectures(cuda=(8, 9))
+
+for _operation, _target, _constraints in (
+    ("dequantize", ".triton.unpack:dequantize", ()),
+    ("linear_weight_only", ".triton.weight_only:linear_weight_only", (IsLinear(),)),
+):
+    registry.register(
+        Implementation(_operation, "triton", _target, 10, (OnDevice(GPUS), _UNPACKS, *_constraints))
+    )
+for _operation, _module, _prepare, _devices in (
+    ("linear_int8", "int8", "prepare_int8", _MULTIPLIES),
+    ("linear_uint8", "int8", "prepare_uint8", _MULTIPLIES),
+    ("linear_fp8", "fp8", "prepare", _MULTIPLIES_FP8),
+):
+    registry.register(
+        Implementation(
+            _operation,
+            "triton",
+            f".triton.{_module}:{_operation}",
+            10,
+            (OnDevice(GPUS), _devices, *_QUANTIZED),
+            prepare=f".triton.{_module}:{_prepare}",
+            finish=f".triton.{_module}:{_operation}_prepared",
+        )
+    )
+for _formats in (("int8", "float8_e4m3fn"), FOUR_BITS):
+    registry.register(
+        Implementation(
+            "linear_faithful",
+            "triton",
+            ".triton.faithful:linear_faithful",
+            10,
+            (OnDevice(GPUS), _MULTIPLIES, *_QUANTIZED, ActivationsIn(_formats)),
+            ".triton.faithful:why_not",
+            # Scales of groups are put in outside of the matrix instructions, which takes longer
+            # than the product; rounding both sides to 8 bits a row does not.
+            second_choice=_formats == FOUR_BITS,
+            prepare=".triton.faithful:prepare",
+            finish=".triton.faithful:linear_faithful_prepared",
+        )
+    )

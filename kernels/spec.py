@@ -107,9 +107,13 @@ class CodeFormat:
     pieces: tuple[Piece, ...] = field(default=(), repr=False)
     values: tuple[float, ...] = field(default=(), repr=False)
     runs: tuple[Run, ...] = field(init=False, repr=False, compare=False)
+    floats: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", _runs(self.pieces, self.block_values))
+        # `largest` and `values` as text: torch.compile makes symbols of floats, not of strings.
+        floats = " ".join(str(float(value)) for value in (self.largest, *self.values))
+        object.__setattr__(self, "floats", floats)
 
     @property
     def qmax(self) -> float:
@@ -160,6 +164,10 @@ class ActivationSpec:
     static: bool = False
     shift: float = 0.0
     offset: bool = False
+
+    def __post_init__(self) -> None:
+        # No field, which would be stored: `shift` as text, see `CodeFormat.floats`.
+        object.__setattr__(self, "shift_text", str(float(self.shift)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ in one cache folder (``LOWBIT_CACHE``, else the platform's own):
     oracle/             thin: the packages that tests compare with
     oracle-<name>/      thin, on top of oracle: further ones (``setup`` and ``test`` only)
     oracle-sdnq-<v>/    older sdnq versions, plain folders (``--all`` only)
+    triton-<v>/         Triton of other torch releases, plain folders (``--all`` only)
     run/<name>/         base directories given to ComfyUI: custom_nodes, models, output, user
     logs/               what pip said, by part
 
@@ -47,6 +48,8 @@ HOSTS = ("0.30.0", "0.27.0")  # the first one owns the full environment
 OLDEST_HOST = (0, 27, 0)
 PYTHONS = ((3, 10), (3, 14))  # first and last with wheels for the pinned torch
 STAMP = "lowbit.stamp"
+DISTRIBUTIONS = {"xdist": "pytest-xdist"}  # where a module is not named like its package
+WORKERS = 4  # processes of the suite at most: each holds ComfyUI in memory
 PACK_FOLDER = "comfyui-lowbit"
 #: Further environments that see the oracle's packages: the part of their pins' names, and a note.
 #: tests/support.py finds them beside the oracle, as ``<oracle>-<name>``.
@@ -554,7 +557,7 @@ def prepare(version: str | None = None, *, further: bool = False, older: bool = 
     Args:
         version: Of ComfyUI; the first of ``HOSTS`` when None.
         further: Also the oracles of ``FURTHER_ORACLES``.
-        older: Also older sdnq versions.
+        older: Also older sdnq versions and other Triton versions.
     """
     cache = cache_folder()
     given = os.environ.get("COMFYUI_PATH")
@@ -570,7 +573,9 @@ def prepare(version: str | None = None, *, further: bool = False, older: bool = 
             for name in FURTHER_ORACLES if further else ():
                 further_part(name, oracle, cache).ensure(cache)
             if older:
-                ensure_older(oracle, cache)
+                ensure_folders(oracle, cache, "oracle-older.txt", "oracle-")
+                if sys.platform == "linux":  # elsewhere there are no wheels of it
+                    ensure_folders(oracle, cache, "triton.txt")
         return host
 
 
@@ -696,10 +701,10 @@ def further_part(name: str, oracle: Python, cache: Path) -> Part:
     )
 
 
-def ensure_older(oracle: Python, cache: Path) -> None:
-    """Older sdnq versions, each a plain folder to put on sys.path in the oracle."""
-    for pin in re.findall(r"^sdnq==\S+", read_text(PINS / "oracle-older.txt"), re.MULTILINE):
-        folder = cache / f"oracle-{pin.replace('==', '-')}"
+def ensure_folders(oracle: Python, cache: Path, pins: str, prefix: str = "") -> None:
+    """Every pin of a file as a plain folder of that package alone, to put on sys.path."""
+    for pin in re.findall(r"^[a-z]\S+==\S+", read_text(PINS / pins), re.MULTILINE):
+        folder = cache / f"{prefix}{pin.replace('==', '-')}"
         if read_stamp(folder).get("pin") == pin and not broken_packages(folder):
             continue
         say(f"{folder.name}: installing {pin}")
@@ -772,7 +777,7 @@ def command_setup(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="host.py setup", description="Install everything, run nothing."
     )
-    parser.add_argument("--all", action="store_true", help="also older sdnq versions")
+    parser.add_argument("--all", action="store_true", help="also other sdnq and Triton versions")
     options = parser.parse_args(args)
     given = os.environ.get("COMFYUI_PATH")
     for version in (None,) if given else HOSTS:
@@ -914,6 +919,10 @@ def marks(host: Host, *, slow: bool, browser: bool) -> str:
 def pytest(host: Host, args: list[str], env: dict[str, str], *, browser: bool = False) -> int:
     say(f"pytest on ComfyUI {host.version}: {' '.join(args)}")
     chosen = any(not arg.startswith("-") and Path(arg.split("::")[0]).exists() for arg in args)
+    workers = 1 if chosen or device(host) == "cuda" else min(cores(), WORKERS)
+    if workers > 1:  # a file's tests share what they made, so they stay together
+        args = ["-n", str(workers), "--dist", "loadfile", *args]
+        env = {"OMP_NUM_THREADS": str(cores() // workers), **env}
     modern = probe(host.python).version >= (3, 11)
     command = [
         str(host.python),
@@ -929,15 +938,22 @@ def pytest(host: Host, args: list[str], env: dict[str, str], *, browser: bool = 
     return call(command, host.env() | env)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def test_tools(host: Host, *, browser: bool) -> dict[str, str]:
     """Paths of the programs that the tests need, or one message that names what is missing."""
     python = probe(host.python)
-    modules = ["pytest", "pytest_timeout", *(["selenium"] if browser else [])]
+    modules = ["pytest", "pytest_timeout", "xdist", *(["selenium"] if browser else [])]
     missing = missing_modules(python, *modules)
     tools = {"ruff": shutil.which("ruff", path=host.env()["PATH"]) or ""}
     missing += [] if tools["ruff"] else ["ruff"]
     if missing:
-        names = " ".join(name.replace("_", "-") for name in missing)
+        names = " ".join(DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in missing)
         raise HostError(f"{host.python} lacks the test tools: {host.python} -m pip install {names}")
     if browser:
         tools["LOWBIT_CHROME"] = find_chrome()

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 ROOT = Path(__file__).resolve().parent.parent
 ORACLES = Path(__file__).resolve().parent / "oracles"
 ORACLE_PYTHON = os.environ.get("LOWBIT_ORACLE_PYTHON", "")
@@ -95,9 +97,11 @@ def oracle(script: str, *args: str, python: str = "") -> Path:
     target = CACHE / "oracle-data" / f"{Path(script).stem}-{digest.hexdigest()[:16]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
-        run_oracle(script, scratch, *args, python=python)
-        scratch.rename(target)
+        with FileLock(target.with_name(f".{target.name}.lock")):  # other tests may want it, too
+            if not target.exists():
+                scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+                run_oracle(script, scratch, *args, python=python)
+                scratch.rename(target)
     return target
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import pack
@@ -73,7 +75,8 @@ def test_fused_layers_of_several_arithmetics(axis: int) -> None:
     memory, spec = held([(normal_form(part), "faithful") for part in made], axis)
     for matmul in ("faithful", "auto"):
         kernels = dispatch.kernels_of(spec, matmul, "auto", CPU, torch.float32)
-        assert [dense for dense, _ in kernels] == [matmul == "auto"] * 3
+        (step,) = kernels  # the same for any number of rows
+        assert [part.dense for part in step.parts] == [matmul == "auto"] * 3
         exact = [(part.double() @ one.dense.T) for part, one in zip(inputs, made, strict=True)]
         expected = torch.cat(exact, -1) if axis == 0 else torch.stack(exact).sum(0)
         found = dispatch.linear(x, memory, spec, bias, kernels)
@@ -118,3 +121,123 @@ def test_weight_only_kernels_stand_in_for_dequantizing(monkeypatch: pytest.Monke
     assert relative(found, x.float() @ weight.dequantize().T + bias) < 8e-3
     dispatch.kernels_of.cache_clear()
     registry._probe.cache_clear()
+
+
+# ------------------------------------------------------------------- rows and shared activations
+
+COUNTED: list[str] = []
+
+
+def counted_prepare(x, spec):
+    COUNTED.append("prepare")
+    return x * 2
+
+
+def counted_finish(prepared, tensors, spec, bias):
+    COUNTED.append("finish")
+    return reference.linear_dequantize(prepared / 2, tensors, spec, bias)
+
+
+def counted_linear(x, tensors, spec, bias):
+    COUNTED.append("linear")
+    return reference.linear_dequantize(x, tensors, spec, bias)
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch):
+    """An int8 product in two halves, and a weight-only product for few rows."""
+    own = registry.Registry()
+    for operation in ("dequantize", "linear_weight_only"):
+        for row in registry.registry.implementations(operation):
+            own.register(row)
+    row = registry.Implementation("linear_int8", "torch", "test:linear", 9)
+    own.register(replace(row, prepare="test:prepare", finish="test:finish"))
+    few = (registry.Rows(most=8),)
+    own.register(registry.Implementation("linear_weight_only", "torch", "test:few", 9, few))
+    functions = {
+        "test:linear": counted_linear,
+        "test:prepare": counted_prepare,
+        "test:finish": counted_finish,
+        "test:few": lambda *args: COUNTED.append("few") or reference.linear_dequantize(*args),
+    }
+    plain = registry._load
+    monkeypatch.setattr(registry, "_load", lambda target: functions.get(target) or plain(target))
+    monkeypatch.setattr(dispatch, "registry", own)
+    COUNTED.clear()
+    dispatch.kernels_of.cache_clear()
+    yield own
+    dispatch.kernels_of.cache_clear()
+
+
+def parts_of(*kinds: dict, axis: int = 0, columns: int = 128):
+    noise = torch.Generator().manual_seed(3)
+    made = [
+        weights.quantize(
+            torch.randn(64, columns, generator=noise), "uint4", **{"group_size": 64} | k
+        )
+        for k in kinds
+    ]
+    return made, *held([(weight, "int8") for weight in made], axis)
+
+
+ROTATED = {"hadamard_group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "axis", "rows", "happens"),
+    [
+        (({}, {}, {}), 0, 40, ["prepare", "finish", "finish", "finish"]),
+        (({}, {}), 0, 9, ["linear", "linear"]),
+        (({}, {}), 0, 8, ["few", "few"]),
+        (({}, {}), 0, 0, ["few", "few"]),
+        (({},), 0, 40, ["linear"]),
+        (({}, {}), 1, 40, ["linear", "linear"]),
+        (({}, ROTATED, {}), 0, 40, ["prepare", "finish", "linear", "finish"]),
+        (
+            ({}, ROTATED, {}, ROTATED),
+            0,
+            40,
+            ["prepare", "finish", "prepare", "finish"] + 2 * ["finish"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parts_share_their_rounded_activations(
+    halves, kinds, axis, rows, happens, compiled
+) -> None:
+    made, memory, spec = parts_of(*kinds, axis=axis)
+    kernels = dispatch.kernels_of(spec, "auto", "auto", CPU, torch.float32)
+    x, bias = torch.randn(rows, 128 * (len(kinds) if axis else 1)), torch.randn(spec.shape[0])
+    run = dispatch.linear
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, backend="eager", fullgraph=True)
+    else:
+        assert [step.rows for step in kernels] == ([8, 31, None] if len(kinds) > 1 else [8, None])
+    found = run(x, memory, spec, bias, kernels)
+    if not compiled:
+        assert happens == COUNTED
+    if axis:
+        pieces = zip(x.split(128, -1), made, strict=True)
+        wanted = sum(piece @ weight.dequantize().T for piece, weight in pieces) + bias
+    else:
+        wanted = torch.cat([x @ weight.dequantize().T for weight in made], -1) + bias
+    assert found.shape == wanted.shape and (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_smoothed_parts_round_their_own_activations(halves) -> None:
+    made = [normal_form(layer("int4", 64, 128, seed=n)) for n in range(2)]
+    decision = dispatch.Decision(("int8", halves.choose("linear_int8", call(made[0])), None))
+    key = dispatch._shared_key
+    assert key(made[0].spec, decision, None) is None
+    bare = replace(made[0].spec, smoothing="")
+    assert key(bare, decision, None) == key(replace(bare, rank=0), decision, 32)
+    assert key(bare, decision, 31) is None and key(bare, decision, None) is not None
+    static = replace(bare, activation=registry.ActivationSpec("int8", 0, static=True))
+    faithful_one = dispatch.Decision(("faithful", decision.choice, None))
+    assert key(static, decision, None) and not key(static, faithful_one, None)
+    assert key(bare, faithful_one, 8) == key(bare, faithful_one, None)
+
+
+def call(weight):
+    return dispatch.call_of(weight.spec, CPU, torch.float32)
