@@ -15,7 +15,7 @@ from typing import Any
 
 from ..quant.errors import LowBitError
 from .detect import Detection, detect_scheme, metadata_object
-from .families import Family, Move, detect_family, unused
+from .families import Family, Move, Piece, detect_family, unused
 from .folder import PIPELINE_INDEX
 from .header import read_json
 from .schemes import bitsandbytes, comfy, lowbit, modelopt, modelslim, quanto, sdnq, svdq, torchao
@@ -88,6 +88,22 @@ class Plan:
     def float_bytes(self, itemsize: int = 2) -> int:
         """Bytes of the same model in bf16."""
         return sum(math.prod(e.shape) * itemsize for e in self.entries.values() if e.shape)
+
+    def native(self) -> dict[str, tuple[tuple[int, ...] | None, int]]:
+        """``{native name: (shape, stored bytes)}`` of what will be loaded."""
+        return {
+            move.native: (
+                _native_shape(move, self.entries),
+                sum(self._bytes_of(piece) for piece in move.pieces),
+            )
+            for move in self.moves
+        }
+
+    def _bytes_of(self, piece: Piece) -> int:
+        entry = self.entries[piece.key]
+        if piece.rows is None or not entry.shape:
+            return entry.nbytes
+        return entry.nbytes * piece.rows[1] // entry.shape[0]
 
     def by_format(self) -> dict[str, tuple[int, int, int]]:
         """``{format: (tensors, elements, stored bytes)}``."""
@@ -187,6 +203,23 @@ def _map(contents: Contents, source: Source, config: Mapping[str, Any]):
     return family, evidence, moves, ignored
 
 
+def _native_shape(move: Move, entries: Mapping[str, Entry]) -> tuple[int, ...] | None:
+    """Shape of a native tensor, None where that of a piece is unknown."""
+    shapes = [
+        (piece.rows[1], *shape[1:]) if piece.rows and shape else shape
+        for piece in move.pieces
+        for shape in [entries[piece.key].shape]
+    ]
+    if None in shapes:
+        return None
+    if move.axis in ("single", "sum"):
+        return shapes[0]
+    axis = 0 if move.axis == "rows" else 1
+    joined = list(shapes[0])
+    joined[axis] = sum(shape[axis] for shape in shapes)
+    return tuple(joined)
+
+
 def _told_shapes(
     contents: Contents,
     source: Source,
@@ -202,22 +235,7 @@ def _told_shapes(
         return {}
     _, _, moves, _ = _map(contents, source, config)
     entries = contents.entries
-    wanted: dict[str, tuple[int, ...] | None] = {}
-    for move in moves:
-        shapes = [
-            (piece.rows[1], *shape[1:]) if piece.rows and shape else shape
-            for piece in move.pieces
-            for shape in [entries[piece.key].shape]
-        ]
-        if None in shapes:
-            wanted[move.native] = None
-        elif move.axis in ("single", "sum"):
-            wanted[move.native] = shapes[0]
-        else:
-            axis = 0 if move.axis == "rows" else 1
-            joined = list(shapes[0])
-            joined[axis] = sum(shape[axis] for shape in shapes)
-            wanted[move.native] = tuple(joined)
+    wanted = {move.native: _native_shape(move, entries) for move in moves}
     native = native_shapes(wanted)
     if not native:  # convolutions of one pixel that stand there as matrices (SD 1.x)
         flat = {

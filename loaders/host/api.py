@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import comfy.model_detection
 import comfy.model_management
@@ -19,7 +20,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.quant_ops import QuantizedTensor
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
 from ...kernels.registry import registry
 from ...quant.errors import LowBitError
@@ -31,9 +32,20 @@ from ..plan import Plan, make_plan
 from ..schemes.base import SchemeOptions
 from ..translate import Settings, translate
 from . import compat
+from .devices import use_searched_tiles
+from .memory import watch
 from .ops import make_ops
+from .patches import install
 
-__all__ = ["COMPUTE_DTYPES", "LoadOptions", "LoadReport", "load_diffusion_model", "native_shapes"]
+__all__ = [
+    "COMPUTE_DTYPES",
+    "LoadOptions",
+    "LoadReport",
+    "hand_over",
+    "hollow_model",
+    "load_diffusion_model",
+    "native_shapes",
+]
 
 compat.check()
 
@@ -79,6 +91,7 @@ class LoadReport:
         options: The loader's inputs.
         compute_dtype: Dtype of activations.
         weight_bytes: Bytes of all weights as loaded.
+        notes: ``{what was decided or changed while loading: layers}``.
     """
 
     path: str
@@ -87,6 +100,7 @@ class LoadReport:
     options: LoadOptions
     compute_dtype: torch.dtype
     weight_bytes: int
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_diffusion_model(
@@ -113,6 +127,19 @@ def load_diffusion_model(
             patcher = _load_quantized(plan, options, disable_dynamic)
     finally:
         plan.source.close()
+    watch(patcher)
+    patcher.set_attachments(
+        ATTACHMENT,
+        LoadReport(
+            path=str(plan.path),
+            scheme=plan.detection.scheme,
+            family=plan.family.display,
+            options=options,
+            compute_dtype=patcher.model.manual_cast_dtype or patcher.model.get_dtype(),
+            weight_bytes=patcher.model_size(),
+            notes=Counter(note for entry in plan.entries.values() for note in entry.notes),
+        ),
+    )
     init = {field.name: getattr(options, field.name) for field in fields(options)}
     patcher.cached_patcher_init = (load_diffusion_model, (str(path), init))
     return patcher
@@ -139,6 +166,15 @@ def _check_backend(options: LoadOptions) -> None:
 
 def _load_untouched(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> ModelPatcher:
     """A checkpoint without our weights: plain floats, or one of the host's own formats."""
+    smoothed = [name for name in plan.source.tensors if name.endswith(".pre_quant_scale")]
+    if smoothed and "pre_quant_scale" not in QUANT_ALGOS["nvfp4"]["parameters"]:
+        raise LowBitError(
+            "This ComfyUI would leave out the smoothing of the file's layers.",
+            file=plan.path,
+            layer=smoothed[0],
+            expected="ComfyUI 0.30 or newer",
+            remedy="Update ComfyUI.",
+        )
     model_options = {}
     if COMPUTE_DTYPES[options.compute_dtype] is not None:
         model_options["dtype"] = COMPUTE_DTYPES[options.compute_dtype]
@@ -186,6 +222,7 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
     for note in sorted({note for entry in plan.entries.values() for note in entry.notes}):
         logging.warning("LowBit: %s: %s", plan.path.name, note)
     device = comfy.model_management.get_torch_device()
+    use_searched_tiles(device)
     wished = COMPUTE_DTYPES[options.compute_dtype]
     settings = Settings(
         dtype=wished or torch.bfloat16,
@@ -200,7 +237,7 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
     compute = wished or comfy.model_management.unet_manual_cast(
         None, device, config.supported_inference_dtypes
     )
-    _hand_over(sd, plan, options, device, compute)
+    hand_over(sd, options, device, compute)
     given = {key: value for key, value in sd.items() if not key.endswith(".comfy_quant")}
     model_options = {"custom_operations": make_ops(compute, options.matmul, options.backend)}
     if wished is not None:
@@ -214,18 +251,8 @@ def _load_quantized(plan: Plan, options: LoadOptions, disable_dynamic: bool) -> 
     if patcher is None:
         raise _unsupported(plan, "no model of this host has these weights")
     _account(patcher, given, plan)
+    install(patcher)
     patcher.model.manual_cast_dtype = compute
-    patcher.set_attachments(
-        ATTACHMENT,
-        LoadReport(
-            path=str(plan.path),
-            scheme=plan.detection.scheme,
-            family=plan.family.display,
-            options=options,
-            compute_dtype=compute,
-            weight_bytes=patcher.model_size(),
-        ),
-    )
     return patcher
 
 
@@ -248,9 +275,8 @@ def _metadata(plan: Plan) -> dict[str, str]:
     return metadata
 
 
-def _hand_over(
+def hand_over(
     sd: dict[str, torch.Tensor],
-    plan: Plan,
     options: LoadOptions,
     device: torch.device,
     compute: torch.dtype,
@@ -263,12 +289,14 @@ def _hand_over(
     activations, where the host multiplies them on tensor cores.
     """
     capability = capability_of(device)
+    past_forward = compat.past_forward(sd)
     for key, weight in list(sd.items()):
         if not isinstance(weight, QuantizedTensor) or weight._layout_cls != LAYOUT:
             continue
         layer = key.removesuffix(".weight")
         spec = weight._params.spec
-        if _runs_in_kitchen(spec, options, device, compute):
+        kept = layer.endswith(past_forward)
+        if not kept and _runs_in_kitchen(spec, options, device, compute):
             sd.update(compat.int8_tensorwise(layer, weight))
             continue
         parts = [(part.weight, part.wish) for part in spec.parts]
@@ -337,11 +365,26 @@ def native_shapes(
     """Shapes of the host's model for a set of native names, without memory.
 
     Args:
+        wanted: As of :func:`hollow_model`.
+
+    Returns:
+        ``{native key: shape}``; empty where the host does not recognise the model.
+    """
+    model = hollow_model(wanted)
+    if model is None:
+        return {}
+    return {key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}
+
+
+def hollow_model(wanted: Mapping[str, tuple[int, ...] | None]) -> torch.nn.Module | None:
+    """The host's model for a set of native names, on the meta device.
+
+    Args:
         wanted: ``{native key: shape, or None where unknown}``; unknown ones are left out when
             the host detects the model.
 
     Returns:
-        ``{native key: shape}``; empty where the host does not recognise the model.
+        The model; None where the host does not recognise it.
     """
     sd = {
         key: torch.empty(shape, device="meta", dtype=torch.bfloat16)
@@ -351,10 +394,9 @@ def native_shapes(
     try:
         config = comfy.model_detection.model_config_from_unet(sd, "")
         if config is None:
-            return {}
+            return None
         config.set_inference_dtype(torch.bfloat16, None)
         config.custom_operations = comfy.ops.disable_weight_init
-        model = config.get_model(sd, "", device=torch.device("meta"))
+        return config.get_model(sd, "", device=torch.device("meta"))
     except (KeyError, RuntimeError, NotImplementedError):
-        return {}
-    return {key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}
+        return None

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
+import comfy.controlnet
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_patcher
 import comfy.ops
+import comfy.utils
+import comfy.weight_adapter
 import torch
 from comfy import quant_ops
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
+from comfy_aimdo.model_vbar import ModelVBAR
 from comfy_kitchen.float_utils import to_blocked
 
 from ...quant.errors import LowBitError
 from ..layouts.composite import STORED, held_by, part_tensors
 
-__all__ = ["NATIVE", "check", "float8_e4m3fn", "int8_tensorwise", "nvfp4"]
+__all__ = ["NATIVE", "check", "float8_e4m3fn", "int8_tensorwise", "nvfp4", "past_forward"]
 
 MINIMUM_HOST = "0.27.0"
 NEEDED = {
@@ -21,6 +30,17 @@ NEEDED = {
                 "_quantized_apply"),
     quant_ops: ("QUANT_ALGOS", "QuantizedTensor", "get_layout_class"),
     QuantizedTensor: ("requantize_from_float", "dequantize", "state_dict"),
+    comfy.lora: ("calculate_shape", "calculate_weight", "load_lora", "model_lora_keys_unet"),
+    comfy.lora_convert: ("convert_lora",),
+    comfy.controlnet: ("ControlLora",),
+    comfy.utils: ("set_attr_param",),
+    comfy.weight_adapter: ("LoRAAdapter", "WeightAdapterBase"),
+    comfy.model_patcher: ("CustomTorchDevice", "LowVramPatch"),
+    comfy.model_patcher.ModelPatcher: ("add_callback_with_key", "get_combined_hook_patches",
+                                       "patch_weight_to_device"),
+    WrappersMP: ("SAMPLER_SAMPLE",),
+    CallbacksMP: ("ON_LOAD", "ON_DETACH", "ON_APPLY_HOOKS", "ON_PREPARE_STATE", "ON_CLEANUP"),
+    ModelVBAR: ("set_watermark", "set_watermark_limit"),
 }  # fmt: skip
 
 
@@ -39,6 +59,20 @@ def check() -> None:
             expected=f"ComfyUI {MINIMUM_HOST} or newer",
             remedy="Update ComfyUI.",
         )
+
+
+def past_forward(names: Collection[str]) -> tuple[str, ...]:
+    """Ends of layer names that the host, where they are its own int8, multiplies by itself.
+
+    MiniMax H3 folds the activation before its second MLP product into that product, and does not
+    call the layer's forward, which carries the patches.
+
+    Args:
+        names: Keys of the model's state dict.
+    """
+    telling = ("video_patch_proj.weight", "audio_patch_proj.weight")
+    is_h3 = all(any(name.endswith(end) for name in names) for end in telling)
+    return (".mlp.fc2",) if is_h3 else ()
 
 
 def int8_tensorwise(layer: str, weight: QuantizedTensor) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ other parameter in VRAM.
 
 ``Linear`` hands the layout's plain tensors to a kernel by itself: dispatch through the tensor
 subclass costs tens of microseconds a call. Convolutions and embeddings take the same weights, and
-dequantize them in their forward.
+dequantize them in their forward. Patches (LoRAs and others) are carried beside all of them, see
+``patches``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from ...kernels.reference import dequantize_rows
 from ..layouts.composite import BESIDE, FORMAT, LAYOUT, held_by, marker, part_tensors
 from ..layouts.dispatch import kernels_of, linear
+from .carried import Patched, float32
+from .patches import AWAITED, Patchable, baked_state
 
 __all__ = ["make_ops"]
 
@@ -41,7 +44,7 @@ def _composite(weight) -> bool:
 # ------------------------------------------------------------------------------- the operations
 
 
-class _CompositeWeight:
+class _CompositeWeight(Patchable):
     """Loading, saving and patching of a module whose weight may be a composite."""
 
     def _load_from_state_dict(
@@ -86,15 +89,21 @@ class _CompositeWeight:
         return None if weight is None else tuple(weight.shape)
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        if not _composite(getattr(self, "weight", None)):
-            return super().state_dict(
-                *args, destination=destination, prefix=prefix, keep_vars=keep_vars
-            )
         sd = destination if destination is not None else {}
-        sd.update(self.weight.state_dict(f"{prefix}weight"))
+        weight = getattr(self, "weight", None)
+        patched = self.patched if self.carries else None
+        if not _composite(weight):
+            super().state_dict(*args, destination=sd, prefix=prefix, keep_vars=keep_vars)
+            if isinstance(patched, Patched):
+                sd.update(baked_state(self, patched, f"{prefix}weight")[0])
+            return sd
+        pieces = weight.state_dict(f"{prefix}weight")
+        if isinstance(patched, Patched):
+            pieces, weight = baked_state(self, patched, f"{prefix}weight")
+        sd.update(pieces)
         if getattr(self, "bias", None) is not None:
             sd[f"{prefix}bias"] = self.bias
-        sd[f"{prefix}comfy_quant"] = self.comfy_quant
+        sd[f"{prefix}comfy_quant"] = marker(weight._params.spec)
         return sd
 
     # ModelMerge asks a module for every name in its state dict.
@@ -117,46 +126,68 @@ class _CompositeWeight:
     @property
     def convert_weight(self):
         """Turns the weight into the float one that patches are calculated on."""
-        return _dequantized if _composite(self.weight) else super().convert_weight
+        return self._converted if self.carries else super().convert_weight
 
     @property
     def set_weight(self):
         """Takes a patched float weight."""
-        return self._set_composite if _composite(self.weight) else super().set_weight
+        return self._set if self.carries else super().set_weight
 
-    def _set_composite(
-        self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs
-    ):
-        """Round a patched float weight anew in the layer's own format.
+    def _converted(self, weight, inplace=False, **kwargs):
+        """The host calculates in the dtype that it casts to before."""
+        if not isinstance(weight, QuantizedTensor):
+            return weight
+        return float32(weight, self).to(weight.dtype)
+
+    def _set(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Keep the packed weight: a MODEL's callback tells what to carry beside it.
+
+        A weight of another shape is held in float. Without a callback, and for one that is asked
+        for, the patched weight is rounded anew in the layer's own format.
+        """
+        if return_weight:
+            return self.rounded(weight, seed)
+        if self.managed and inplace_update:
+            return None  # hooks: the callback for them follows, and the copy is put back later
+        if tuple(weight.shape) != tuple(self.weight.shape):
+            plain = weight.to(self.weight.dtype)
+            self.weight = torch.nn.Parameter(plain, requires_grad=False)
+        elif self.managed:
+            self._parameters["weight"] = _parameter(self.weight.to(weight.device))
+            self.resident = AWAITED
+        else:
+            self.weight = _parameter(self.rounded(weight, seed))
+        return None
+
+    def rounded(self, weight: torch.Tensor, seed: int | None = None) -> QuantizedTensor:
+        """A float weight in the layer's own format.
 
         An unchanged weight keeps its codes: the host also sends weights round this way without a
         patch, and rounding them again would drift.
         """
         old = self.weight.detach().to(weight.device)
-        if torch.equal(weight, old.to(weight.dtype).dequantize()):
-            new = old
-        else:
-            new = old.requantize_from_float(
-                weight, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
-            )
-        new = new.to(self.weight.dtype)
-        if return_weight:
-            return new
-        self.weight = _parameter(new)
-        return None
+        if torch.equal(weight, float32(old, self).to(weight.dtype)):
+            return old
+        smooth = getattr(self, "pre_quant_scale", None)
+        if smooth is not None:
+            weight = weight / smooth.to(weight)
+        return old.requantize_from_float(
+            weight, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
+        ).to(self.weight.dtype)
 
     def _apply(self, fn, recurse=True):
         weight = getattr(self, "weight", None)
         if not _composite(weight):
             return super()._apply(fn, recurse)
-        self.weight = None  # torch would copy it once more
+        self._parameters["weight"] = None  # torch would copy it once more
         try:
             return super()._apply(fn, recurse)
         finally:
             moved = fn(weight)
             if moved.is_inference() and not torch.is_inference_mode_enabled():
                 moved = moved.clone()
-            self.weight = _parameter(moved)
+            self._parameters["weight"] = _parameter(moved)
+            self.release()
 
 
 for _name in BESIDE:
@@ -194,8 +225,20 @@ def _dequantized(weight, inplace=False, **kwargs):
 class _CompositeConv(_CompositeWeight):
     """A convolution: the host's cast gives the composite, this dequantizes it."""
 
+    def takes_product(self, offset):
+        return self.groups == 1 and (offset is None or offset[0] == 0)
+
     def _conv_forward(self, input, weight, bias, *args, **kwargs):
-        return super()._conv_forward(input, _dequantized(weight), bias, *args, **kwargs)
+        def run(x, plain, plain_bias=None):
+            return super(_CompositeConv, self)._conv_forward(x, plain, plain_bias, *args, **kwargs)
+
+        patched = self.patched
+        if patched is None:
+            return run(input, _dequantized(weight), bias)
+        if patched.reshapes:
+            whole = patched.whole(self, weight, input.device)
+            return run(input, whole.to(input.dtype), bias)
+        return patched.conv(self, weight, input, run(input, _dequantized(weight), bias), run)
 
 
 def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: str = "auto"):
@@ -214,6 +257,8 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
         class Linear(_CompositeWeight, base.Linear):
             """Linear over ``[N, K]`` composite weights."""
 
+            asked = (matmul, backend)  # what reports tell the kernels for
+
             def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
                 super().__init__(in_features, out_features, bias, device, dtype)
                 self._keep_float32 = dtype == torch.float32 != compute_dtype
@@ -231,19 +276,24 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                     # The host would cast a layer that its model asked for in float32.
                     self.weight = torch.nn.Parameter(plain.float(), requires_grad=False)
 
+            @property
+            def carries(self):
+                # The host's own formats too: it would round them anew.
+                return isinstance(getattr(self, "weight", None), QuantizedTensor)
+
             def forward(self, input, *args, **kwargs):
+                patched = self.patched
                 if not _composite(getattr(self, "weight", None)) or isinstance(
                     input, QuantizedTensor
                 ):
-                    return super().forward(input, *args, **kwargs)
+                    return self._as_the_host(patched, input, *args, **kwargs)
                 comfy.ops.run_every_op()
-                if self.weight_function or self.bias_function or input.requires_grad:
+                # By its length: torch.compile takes every list of a class of its own for true.
+                dense = len(self.weight_function) > 0 or input.requires_grad
+                if dense:
                     weight, bias, stream = comfy.ops.cast_bias_weight(
                         self, input, offloadable=True, compute_dtype=input.dtype
                     )
-                    if isinstance(weight, QuantizedTensor):
-                        weight = weight.dequantize()
-                    y = torch.nn.functional.linear(input, weight, bias)
                 else:
                     weight, bias, stream = comfy.ops.cast_bias_weight(
                         self,
@@ -254,9 +304,29 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                         compute_dtype=input.dtype,
                         want_requant=True,
                     )
-                    y = self._multiply(input, weight, bias)
+                if patched is not None and patched.reshapes:
+                    whole = patched.whole(self, weight, input.device).to(input.dtype)
+                    y = torch.nn.functional.linear(input, whole, bias)
+                else:
+                    if dense:
+                        y = torch.nn.functional.linear(input, _dequantized(weight), bias)
+                    else:
+                        y = self._multiply(input, weight, bias)
+                    if patched is not None:
+                        y = patched.linear(self, weight, input, y)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return y
+
+            def _as_the_host(self, patched, input, *args, **kwargs):
+                if patched is None or not self.carries:
+                    return super().forward(input, *args, **kwargs)
+                x = _dequantized(input)
+                weight = self.weight.to(x.device)
+                if patched.reshapes:
+                    whole = patched.whole(self, weight, x.device).to(x.dtype)
+                    bias = self.bias if self.bias is None else self.bias.to(x)
+                    return torch.nn.functional.linear(x, whole, bias)
+                return patched.linear(self, weight, x, super().forward(input, *args, **kwargs))
 
             def _multiply(self, input, weight, bias):
                 if not isinstance(weight, QuantizedTensor):
@@ -288,6 +358,9 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
             def _weight_shape(self):
                 return (self.num_embeddings, self.embedding_dim)
 
+            def takes_product(self, offset):
+                return offset is None
+
             def forward_comfy_cast_weights(self, input, out_dtype=None):
                 if not _composite(self.weight):
                     return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
@@ -305,6 +378,9 @@ def make_ops(compute_dtype: torch.dtype, matmul: str = "dequantize", backend: st
                     y = dequantize_rows(held, spec.parts[0].weight, input, dtype)
                 else:
                     y = torch.nn.functional.embedding(input, _dequantized(weight)).to(dtype)
+                patched = self.patched
+                if patched is not None:
+                    y = patched.embedding(self, weight, input, y)
                 comfy.ops.uncast_bias_weight(self, weight, bias, stream)
                 return y
 

@@ -60,6 +60,7 @@ __all__ = [
     "held_by",
     "marker",
     "part_tensors",
+    "parts_of",
     "to_json",
 ]
 
@@ -174,6 +175,15 @@ def part_tensors(held: Held, spec: CompositeSpec, number: int) -> dict[str, torc
             memory[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape)
         )
     return found
+
+
+def parts_of(weight: QuantizedTensor) -> list[tuple[str, QuantizedWeight, str | None]]:
+    """``(name, weight, wish)`` of each part of a composite weight (no copy)."""
+    spec, held = weight._params.spec, held_by(weight)
+    return [
+        (part.name, QuantizedWeight(part.weight, part_tensors(held, spec, number)), part.wish)
+        for number, part in enumerate(spec.parts)
+    ]
 
 
 def build(

@@ -88,11 +88,17 @@ def same_codes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def floats(patcher) -> dict[str, torch.Tensor]:
-    """Every parameter of the diffusion model, dequantized to float32."""
-    return {
+    """Every parameter of the diffusion model, dequantized to float32 and with its patches."""
+    found = {
         name: (p.data.dequantize() if hasattr(p.data, "_layout_cls") else p.data).float()
         for name, p in patcher.model.diffusion_model.named_parameters()
     }
+    for name, module in patcher.model.diffusion_model.named_modules():
+        patched = getattr(module, "patched", None)
+        if patched is not None:
+            weight = module.weight
+            found[f"{name}.weight"] = patched.whole(module, weight, weight.device)
+    return found
 
 
 def plain_model(weights: dict[str, torch.Tensor], *, dynamic: bool = False):

@@ -42,8 +42,8 @@ def pytorch_attention(_, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
-def run(patcher) -> torch.Tensor:
-    """One call of the MODEL as a sampler makes it: through its wrappers."""
+def run(patcher, later: float = 0.0) -> torch.Tensor:
+    """One call of the MODEL as a sampler makes it: through its wrappers; at a later step."""
     generator = torch.Generator().manual_seed(9)
     given = citizens.inputs()
     for name, shape in BIG.items():
@@ -53,7 +53,7 @@ def run(patcher) -> torch.Tensor:
     options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(patcher.wrappers)
     return patcher.model.apply_model(
         given["x"],
-        given["timestep"],
+        given["timestep"] - later,
         c_crossattn=given["context"],
         y=given["y"],
         guidance=given["guidance"],
@@ -106,12 +106,16 @@ def float_copies(patcher) -> int:
 def test_a_compiled_model_is_one_graph_with_the_same_numbers(case, matmul):
     patcher = citizens.load(case, matmul=matmul)
     eager = run(citizens.on_device(patcher))
+    second = run(patcher, later=0.25)
+    # Where activations are rounded, a last bit before the rounding becomes a whole step after it.
+    limit = 1e-5 if matmul == "dequantize" else 0.02
+    assert citizens.error(second, eager) > 3 * limit
     before = float_copies(patcher)
     clone = compiled(patcher, fullgraph=True)
     first = run(citizens.on_device(clone))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert citizens.error(first, eager) < 1e-5
-    assert citizens.error(run(clone), eager) < 1e-5
+    assert citizens.error(run(clone, later=0.25), second) < limit
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert float_copies(patcher) <= before
     mm.unload_model_and_clones(clone)
@@ -123,7 +127,11 @@ def test_quantized_weights_add_no_graph_break():
     torch._dynamo.reset()
     found = explained(ours)
     assert found.graph_break_count == plain.graph_break_count == 0, found.break_reasons
+    # Our own kernels are in the graph, not the host's way to a float weight.
     assert found.op_count > plain.op_count
+    targets = {str(node.target) for graph in found.graphs for node in graph.graph.nodes}
+    assert "linear" in " ".join(targets)
+    assert "dequantize" not in targets
 
 
 def test_the_node_itself_takes_our_model():

@@ -152,9 +152,13 @@ def test_adding_and_subtracting():
 
 def test_a_merge_is_saved_and_read_back(tmp_path):
     patched = merged(citizens.load("uint4_svd"), citizens.load("uint4"), 0.5)
-    bits = citizens.codes(citizens.on_device(patched))
+    meant = citizens.floats(citizens.on_device(patched))
     save_checkpoint(patched, filename_prefix="merged", output_dir=str(tmp_path))
     mm.unload_model_and_clones(patched)
     (file,) = tmp_path.glob("*.safetensors")
     again = citizens.load(file)
-    assert citizens.same_codes(bits, citizens.codes(again))
+    found = citizens.floats(again)
+    for name in citizens.layers(again):
+        key = f"{name}.weight"
+        wrong = ((found[key] - meant[key]).norm() / meant[key].norm()).item()
+        assert wrong < 0.15, (name, wrong)  # of all of the weight: rounded to 4 bits anew
