@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+import math
+from collections import Counter
+from dataclasses import dataclass, fields
 
 import torch
 
 from ..kernels.registry import registry
+from .charts import Bars, Chart
+from .kernel_lines import device_lines, kernel_lines
 from .layouts.dispatch import capability_of, decide
 from .layouts.native import native_format
+from .memory_plan import DeviceFacts, MemoryPlan, Weights, make_memory_plan, size
 from .plan import Plan
 
 __all__ = ["DeviceFacts", "InspectReport", "inspect"]
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """The device a model would run on.
-
-    Attributes:
-        device: The device.
-        name: As people call it.
-        memory: Bytes of its memory in all.
-        free: Bytes free now.
-        host_memory: Bytes of RAM available for weights that do not stay on the device.
-        reserve: Bytes that the host keeps for activations and other programs.
-    """
-
-    device: torch.device
-    name: str
-    memory: int
-    free: int
-    host_memory: int
-    reserve: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +33,8 @@ class InspectReport:
         weight_bytes: Bytes as loaded.
         float_bytes: Bytes of the same model in bf16.
         kernels: ``{line: layers}`` of what runs on this device.
-        verdict: "fits", "streams" or "too big".
+        verdict: "fits", "streams" or "too big", as ComfyUI would manage it by itself.
+        memory: The same for every offload mode.
         text: All of it for people.
     """
 
@@ -66,7 +48,29 @@ class InspectReport:
     float_bytes: int
     kernels: dict[str, int]
     verdict: str
+    memory: MemoryPlan
     text: str
+
+    def to_json(self) -> dict:
+        """Plain JSON values."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {
+            "evidence": list(self.evidence),
+            "formats": {name: list(counts) for name, counts in self.formats.items()},
+            "memory": self.memory.to_json(),
+        }
+
+    @property
+    def chart(self) -> Chart:
+        """Sizes by format, and the memory that each offload mode takes."""
+        rows = [(name, (("", nbytes),)) for name, (_, _, nbytes) in self.formats.items()]
+        return Chart(
+            f"{self.family}, {self.scheme}: {size(self.weight_bytes)}",
+            [
+                Bars("Size by format", "bytes", rows, limit=("bf16", self.float_bytes)),
+                *self.memory.chart.panels,
+            ],
+        )
 
 
 def inspect(
@@ -75,6 +79,7 @@ def inspect(
     matmul: str = "auto",
     backend: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    activations: tuple[int | None, str] = (None, ""),
 ) -> InspectReport:
     """Read a plan for people.
 
@@ -83,12 +88,14 @@ def inspect(
         facts: The device.
         matmul, backend: The loader's inputs that the kernels are chosen for.
         dtype: Compute dtype.
+        activations: The host's estimate of their bytes, and the picture it is for.
     """
     formats = plan.by_format()
     weight_bytes = sum(nbytes for _, _, nbytes in formats.values())
     float_bytes = plan.float_bytes()
     kernels = _kernels(plan, facts, matmul, backend, dtype)
-    verdict, why = _verdict(weight_bytes, facts)
+    memory = make_memory_plan(_weights(plan, dtype), facts, *activations)
+    verdict = memory.mode("auto").verdict
     told = {label: text for label, text in plan.contents.facts.items() if text}
     lines = [
         f"{plan.path.name}",
@@ -96,13 +103,16 @@ def inspect(
         f"family: {plan.family.display} ({plan.evidence})",
         *(f"{label}: {text}" for label, text in told.items()),
         "",
-        f"size: {_size(weight_bytes)}, {_ratio(weight_bytes, float_bytes)} of bf16 "
-        f"({_size(float_bytes)})",
+        f"size: {size(weight_bytes)}, {_ratio(weight_bytes, float_bytes)} of bf16 "
+        f"({size(float_bytes)})",
         *_table(formats),
         "",
-        f"on {facts.name}: {verdict} ({why})",
+        f"on {facts.name}: {verdict} ({_why(memory, facts)})",
         *(f"  {count} layers: {line}" for line, count in kernels.items()),
         *_backends(facts.device.type),
+        *(f"  {line}" for line in device_lines(facts.device, dtype)),
+        "",
+        memory.text,
     ]
     notes = Counter(note for entry in plan.entries.values() for note in entry.notes)
     lines += [f"assumed for {count} layers: {note}" for note, count in notes.items()]
@@ -120,6 +130,7 @@ def inspect(
         float_bytes,
         kernels,
         verdict,
+        memory,
         "\n".join(lines),
     )
 
@@ -128,7 +139,7 @@ def _table(formats: dict[str, tuple[int, int, int]]) -> list[str]:
     width = max((len(name) for name in formats), default=0)
     return [
         f"  {name:<{width}}  {count:>5} tensors  {elements / 1e6:>10.1f} M values"
-        f"  {_size(nbytes):>10}"
+        f"  {size(nbytes):>10}"
         for name, (count, elements, nbytes) in formats.items()
     ]
 
@@ -136,9 +147,8 @@ def _table(formats: dict[str, tuple[int, int, int]]) -> list[str]:
 def _kernels(
     plan: Plan, facts: DeviceFacts, matmul: str, backend: str, dtype: torch.dtype
 ) -> dict[str, int]:
-    """What runs, told once for all layers of a format that run alike."""
-    lines: Counter[tuple] = Counter()
-    reasons: dict[tuple, str] = defaultdict(str)
+    """What runs on the device, layers that are handed to the host among them."""
+    decided = []
     fused = {p.key for move in plan.moves if len(move.pieces) > 1 for p in move.pieces}
     handed: Counter[str] = Counter()
     capability = capability_of(facts.device)
@@ -147,43 +157,30 @@ def _kernels(
         if native is not None and entry.key not in fused and len(entry.parts) == 1:
             handed[f"{spec.format.name}: faithful matmul, by ComfyUI's own {native}"] += 1
             continue
-        decision = decide(spec, wish, matmul, backend, facts.device, dtype)
-        by = decision.choice.implementation.backend
-        key = (spec.format.name, decision.mode, by, decision.reason or "")
-        lines[key] += 1
-        reasons[key] = decision.reason or "; ".join(
-            f"not {name}: {why}" for name, why in decision.choice.refused
-        )
-    told = dict(handed)
-    for (format_, mode, by, _), count in lines.most_common():
-        text = "dequantized, then a float matmul" if mode == "dequantize" else f"{mode} matmul"
-        native = "emulated in eager torch" if by == "reference" else f"by {by}"
-        why = reasons[(format_, mode, by, _)]
-        told[f"{format_}: {text}, {native}" + (f" ({why})" if why else "")] = count
-    return told
+        decided.append((spec.format.name, decide(spec, wish, matmul, backend, facts.device, dtype)))
+    return dict(handed) | kernel_lines(decided)
 
 
-def _verdict(weights: int, facts: DeviceFacts) -> tuple[str, str]:
-    if facts.device.type == "cpu":
-        room = facts.host_memory
-        if weights <= room:
-            return "fits", f"{_size(weights)} of {_size(room)} RAM available"
-        return "too big", f"needs {_size(weights)}, {_size(room)} RAM available"
-    room = facts.memory - facts.reserve
-    if weights <= room:
-        free = _size(facts.free)
-        return "fits", f"{_size(weights)} of {_size(room)} usable VRAM, {free} free now"
-    if weights <= facts.host_memory:
-        return (
-            "streams",
-            f"{_size(weights)} exceed {_size(room)} usable VRAM; the rest comes from RAM, "
-            f"{_size(facts.host_memory)} available",
-        )
-    return (
-        "too big",
-        f"{_size(weights)} exceed {_size(room)} usable VRAM and "
-        f"{_size(facts.host_memory)} RAM available",
+def _weights(plan: Plan, dtype: torch.dtype) -> Weights:
+    return Weights.of(
+        (
+            (name, math.prod(shape) if shape else 0, nbytes)
+            for name, (shape, nbytes) in plan.native().items()
+        ),
+        dtype.itemsize,
     )
+
+
+def _why(memory: MemoryPlan, facts: DeviceFacts) -> str:
+    weights, usable = size(memory.weights.total), size(memory.usable)
+    if facts.device.type == "cpu":
+        return f"{weights} of weights, RAM for {usable} available"
+    if memory.mode("auto").verdict == "fits":
+        return f"{weights} of {usable} usable VRAM, {size(facts.free)} free now"
+    rest = f"{size(facts.host_memory)} of RAM available"
+    if memory.mode("auto").verdict == "streams":
+        return f"{weights} exceed {usable} usable VRAM; the rest comes from RAM, {rest}"
+    return f"{weights} exceed {usable} usable VRAM and what can be streamed, {rest}"
 
 
 def _backends(device: str) -> list[str]:
@@ -191,10 +188,6 @@ def _backends(device: str) -> list[str]:
         f"  backend {name}: {'usable' if why is None else why}"
         for name, why in registry.backend_status(device).items()
     ]
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _ratio(nbytes: int, whole: int) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..loaders.host.api import native_shapes
+from ..loaders.host.api import hollow_model, native_shapes
 from ..loaders.host.devices import device_facts
+from ..loaders.host.memory import activations_of
 from ..loaders.layouts.dispatch import MATMUL_MODES
 from ..loaders.plan import make_plan
 from ..loaders.report import inspect
 from ..loaders.schemes.base import SchemeOptions
 from ..quant.errors import LowBitError
 from .checkpoints import diffusion_models, fingerprint, path_of
+from .images import image_of
 from .inputs import scheme_inputs
 
 __all__ = ["LowBitInspect", "Report"]
@@ -31,7 +33,7 @@ class LowBitInspect(io.ComfyNode):
             description=(
                 "Reads the headers of a checkpoint and tells its scheme, family, formats and "
                 "sizes, which kernel each kind of layer would run on this device and why, and "
-                "whether it fits, streams or is too big. Loads no weights."
+                "for each offload mode whether it fits, streams or is too big. Loads no weights."
             ),
             search_aliases=[
                 "quantization info",
@@ -62,6 +64,9 @@ class LowBitInspect(io.ComfyNode):
             outputs=[
                 Report.Output(tooltip="The facts, for other LowBit nodes."),
                 io.String.Output(display_name="text", tooltip="The same for people."),
+                io.Image.Output(
+                    display_name="chart", tooltip="Sizes by format and memory by offload mode."
+                ),
             ],
             is_output_node=True,
         )
@@ -88,7 +93,11 @@ class LowBitInspect(io.ComfyNode):
         options = SchemeOptions(svdq_precision, svdq_rank, act_unsigned, nvfp4_layout)
         plan = make_plan(path_of(model), options=options, native_shapes=native_shapes)
         try:
-            report = inspect(plan, device_facts(), matmul)
+            shapes = {name: shape for name, (shape, _) in plan.native().items()}
+            estimate = activations_of(hollow_model(shapes))
+            report = inspect(plan, device_facts(), matmul, activations=estimate)
         finally:
             plan.source.close()
-        return io.NodeOutput(report, report.text, ui=ui.PreviewText(report.text))
+        return io.NodeOutput(
+            report, report.text, image_of(report.chart), ui=ui.PreviewText(report.text)
+        )
