@@ -15,7 +15,7 @@ from support import ROOT
 pytestmark = pytest.mark.browser
 
 WORKFLOW = ROOT / "example_workflows" / "flux_quantized.json"
-OURS = ("LowBitLoadDiffusionModel", "LowBitInspect")
+OURS = ("LowBitLoadDiffusionModel", "LowBitInspect", "LowBitOffload")
 PACK = "/extensions/comfyui-lowbit/"
 
 # As a file that is dropped on the page or opened from its menu.
@@ -144,4 +144,19 @@ def test_run_button_gives_the_image_and_the_report(server, page):
     (item,) = entry["outputs"]["12"]["images"]
     assert (server.base / "output" / item["filename"]).stat().st_size > 1000
     keep_picture(page, "run")
+    assert our_complaints(page) == []
+
+
+def test_offload_node_has_its_widgets_and_a_panel(page):
+    found = page.execute_script("""
+const node = LiteGraph.createNode("LowBitOffload");
+window.app.graph.add(node);
+return { title: node.title, panel: node.lowbitReport !== undefined,
+  values: node.widgets.filter((w) => w.serialize !== false).map((w) => [w.name, w.value]) };
+""")
+    assert found == {
+        "title": "Set Offload Mode",
+        "panel": True,
+        "values": [["mode", "auto"], ["vram_budget_gb", 0], ["blocks_on_gpu", 0]],
+    }
     assert our_complaints(page) == []

@@ -2,7 +2,22 @@
 // its own only.
 import { app } from "../../../scripts/app.js";
 
-const NODES = ["LowBitInspect"];
+const NODES = [
+  "LowBitInspect",
+  "LowBitOffload",
+  "LowBitModelReport",
+  "LowBitShowReport",
+  "LowBitCompare",
+  "LowBitQuantize",
+  "LowBitQuantizeFile",
+  "LowBitSave",
+  "LowBitRecipeSDNQ",
+  "LowBitRecipeSVDQuant",
+  "LowBitRecipeFP8",
+  "LowBitRecipeNVFP4",
+  "LowBitRecipeINT8",
+  "LowBitRecipeFromText",
+];
 
 function addPanel(node) {
   const panel = document.createElement("textarea");
