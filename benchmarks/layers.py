@@ -1,217 +1,317 @@
-"""Time of one Linear of FLUX.1 in each format: this pack, the sdnq package, and a float weight.
+"""Every Linear of the models, in every scheme and matmul, beside bf16 and beside other packages.
 
-``python scripts/host.py run -- python benchmarks/layers.py [--device cuda]`` prints a table and
-writes ``benchmarks/results/<device>-layers.json``. Both sides run eagerly, in one run and in turn:
-the package in a worker process of the oracle interpreter (this file with ``--worker``), which
-sleeps while the other side is measured.
+A row of the results:
 
-| column     | what is timed, on x [rows, 3072] and a weight [3072, 3072]                          |
-|------------|-------------------------------------------------------------------------------------|
-| float      | ``F.linear`` with a weight of x's dtype                                             |
-| dequantize | our weight to x's dtype, no product                                                 |
-| ours       | what our Linear runs: dequantize and multiply, or the quantized product (``mm``)    |
-| sdnq       | ``forward`` of the package's own layer                                              |
+| field          | meaning                                                                         |
+|----------------|---------------------------------------------------------------------------------|
+| side           | ``float`` (``F.linear``), ``ours``, ``eager`` (the reference alone), ``no       |
+|                | triton`` (comfy-kitchen where the host enables it, else eager), or a package    |
+| form, mode     | scheme (:mod:`forms`) and the loader's ``matmul``; ``unpack`` is dequantizing   |
+| us, ratio      | microseconds; time of ``F.linear`` in the same round over it                    |
+| error          | of the result from the float64 product with the dequantized weight, relative    |
+| differs        | from the eager definition, relative; ``wrong`` where that is too much           |
+| copy, compute  | shares of the measured copy bandwidth and of the measured product of that kind  |
+| absent         | why there is no number                                                          |
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from machine import ORACLE, ROOT, cores, facts, spread, write_results
+from forms import FORMS, weight_of
+from peers import AbsentError, Peers
+from shapes import MODELS, Layer
+from timing import Local, compete, peak_bytes, release
 from torch.nn import functional
 
-WIDTH = 3072
-ROWS = {"cpu": (1, 512), "cuda": (1, 4096)}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CALLS = 3  # in a row; the first one is not counted
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHECKED_ROWS = 64
+"""Rows whose result is compared; 32 and more, so that products do not dequantize instead."""
+WRONG = {"dequantize": 0.01, "int8": 0.02, "uint8": 0.02, "fp8": 0.02, "faithful": 0.06}
+"""Difference from the eager definition from which a result may be wrong; 16-bit output is 0.004.
+
+Activations that lie nearly between two codes may round either way, and a kernel may round a weight
+to 8 bits otherwise than the definition does. So what is as near to the exact product is right.
+"""
+SLACK = 1.25
+LIMIT_OF = {"int8": "int8", "uint8": "int8", "fp8": "fp8"}
+SIDES = ("ours", "eager", "no triton", "peers")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A format in both sides' words.
+    """A layer and how many rows it gets."""
+
+    model: str
+    layer: Layer
+    rows: int
+
+
+@dataclass
+class Wanted:
+    """What to measure.
 
     Attributes:
-        format: Number format of the codes.
-        ours: Further arguments of our ``quantize``.
-        sdnq: The same for the package's config.
-        matmul: Our loader's ``matmul``.
+        device: "cpu" or "cuda".
+        dtype: Of activations.
+        rounds: Of every comparison.
+        models, forms, modes, sides: Names, in order.
+        rows: How many rows, empty for the model's own.
+        layers: Names of layers, empty for all.
+        shrink: Divides every size (``--smoke``).
+        threads: Of torch.
+        deadline: ``time.monotonic()`` after which nothing new begins.
     """
 
-    format: str
-    ours: dict
-    sdnq: dict
-    matmul: str = "dequantize"
+    device: str
+    dtype: str = "bf16"
+    rounds: int = 5
+    models: tuple[str, ...] = ("flux1",)
+    forms: tuple[str, ...] = tuple(FORMS)
+    modes: tuple[str, ...] = ()
+    sides: tuple[str, ...] = SIDES
+    rows: tuple[int, ...] = ()
+    layers: tuple[str, ...] = ()
+    shrink: int = 1
+    threads: int = 1
+    deadline: float = float("inf")
+    limits: dict[str, float] = field(default_factory=dict)
 
 
-CASES = {
-    "uint4": Case("uint4", {}, {}),
-    "uint4 svd": Case("uint4", {"svd_rank": 32}, {"use_svd": True}),
-    "uint4 codebook": Case("uint4", {"use_codebook": True}, {"use_codebook": True}),
-    "int5": Case("int5", {}, {}),
-    "int8": Case("int8", {}, {}),
-    "int8 mm": Case("int8", {"group_size": -1}, {"use_quantized_matmul": True}, "int8"),
-    "fp8": Case("float8_e4m3fn", {}, {}),
-}
+def cases(wanted: Wanted) -> Iterator[Case]:
+    """Every layer and row count, no shape twice."""
+    seen = set()
+    for name in wanted.models:
+        for layer in MODELS[name].layers:
+            if wanted.layers and layer.name not in wanted.layers:
+                continue
+            small = Layer(
+                layer.name,
+                layer.out // wanted.shrink,
+                layer.inputs // wanted.shrink,
+                max(layer.rows // wanted.shrink, 1),
+                layer.count,
+            )
+            for rows in wanted.rows or (small.rows,):
+                key = (small.out, small.inputs, rows)
+                if key not in seen:
+                    seen.add(key)
+                    yield Case(name, small, rows)
 
 
-def float_weight(device: str) -> torch.Tensor:
-    torch.manual_seed(0)
-    return (torch.randn(WIDTH, WIDTH) * 0.02).to(device)
+def measure(wanted: Wanted, pack: Callable, keep: Callable[[list[dict]], None]) -> list[dict]:
+    """All rows; ``keep`` is called with those so far after each case."""
+    peers = Peers(wanted.device, wanted.threads)
+    found: list[dict] = []
+    try:
+        for case in cases(wanted):
+            for name in wanted.forms:
+                if time.monotonic() > wanted.deadline:
+                    found.append({"stopped": f"no time left before {case.layer.name}, {name}"})
+                    keep(found)
+                    return found
+                found += _case(case, name, wanted, pack, peers)
+                keep(found)
+                peers.drop()
+                release()
+    finally:
+        peers.close()
+    return found
 
 
-def activations(rows: int, dtype: str, device: str) -> torch.Tensor:
-    torch.manual_seed(1)
-    return torch.randn(rows, WIDTH).to(device, DTYPES[dtype])
+# -------------------------------------------------------------------------------------- one case
 
 
-@torch.inference_mode()
-def timed(call: Callable[[], torch.Tensor], device: str) -> list[float]:
-    """Seconds of each of ``CALLS`` calls after one that is not counted."""
-    seconds = []
-    for _ in range(CALLS + 1):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
+@dataclass
+class Ours:
+    """One of our kernels on one weight, as our Linear runs it.
+
+    Attributes:
+        call: What is timed.
+        kernel: What the registry says of it.
+        mode: The loader's matmul.
+        product: The same on other rows.
+    """
+
+    call: Callable[[], torch.Tensor]
+    kernel: str
+    mode: str
+    product: Callable[[torch.Tensor], torch.Tensor]
 
 
-# --------------------------------------------------------------------- the package's own layers
+def _case(case: Case, name: str, wanted: Wanted, pack: Callable, peers: Peers) -> list[dict]:
+    form, dtype, device = FORMS[name], DTYPES[wanted.dtype], wanted.device
+    n, k, m = case.layer.out, case.layer.inputs, case.rows
+    base = {
+        "model": case.model,
+        "layer": case.layer.name,
+        "m": m,
+        "n": n,
+        "k": k,
+        "count": case.layer.count,
+        "form": name,
+        "dtype": wanted.dtype,
+    }
+    if form.group > 0 and k % form.group:
+        return [base | {"side": "ours", "absent": f"{k} inputs are no whole groups"}]
+    composite, dispatch = pack("loaders.layouts.composite"), pack("loaders.layouts.dispatch")
+    weight = weight_of(form, pack, n, k, device)
+    packed = composite.build([(name, weight, form.wish)], dtype)
+    held, spec = composite.held_by(packed), packed._params.spec
+    dense = weight.dequantize(dtype)
+    x = torch.randn(m, k, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+    bias = torch.zeros(n, device=device, dtype=dtype)
+    stored = weight.nbytes
+    place = torch.device(device) if device == "cpu" else torch.device("cuda", 0)
 
+    def ours(mode: str, backend: str) -> Ours:
+        kernels = dispatch.kernels_of(spec, mode, backend, place, dtype)  # tries them, too
+        decision = dispatch.decide(*(weight.spec, form.wish, mode, backend, place, dtype), rows=m)
+        if mode != "dequantize" and decision.mode != mode:
+            raise AbsentError(decision.reason or f"{m} rows are multiplied as {decision.mode}")
 
-def worker(device: str) -> None:
-    """Answer ``[case, rows, dtype]`` on stdin with seconds on stdout; runs in the oracle."""
-    from sdnq import SDNQConfig
-    from sdnq.quantizer import sdnq_quantize_layer
+        def product(rows: torch.Tensor) -> torch.Tensor:
+            return dispatch.linear(rows, held, spec, bias, kernels)
 
-    layers = {}
-    for line in sys.stdin:
-        name, rows, dtype = json.loads(line)
-        if (name, dtype) not in layers:
-            linear = torch.nn.Linear(WIDTH, WIDTH, device=device)
-            linear.weight.data = float_weight(device)
-            linear.to(DTYPES[dtype])
-            case = CASES[name]
-            config = SDNQConfig(weights_dtype=case.format, add_skip_keys=False, **case.sdnq)
-            layers[name, dtype], _ = sdnq_quantize_layer(linear, config, torch_dtype=DTYPES[dtype])
-        layer, x = layers[name, dtype], activations(rows, dtype, device)
-        print(json.dumps({"seconds": timed(partial(layer, x), device)}), flush=True)
+        return Ours(partial(product, x), decision.choice.describe(), mode, product)
 
-
-class Worker:
-    """The oracle's side as a function."""
-
-    def __init__(self, device: str, threads: int) -> None:
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        self.process = subprocess.Popen(
-            [ORACLE, __file__, "--worker", "--device", device, "--threads", str(threads)],
-            env=env | {"SDNQ_USE_TORCH_COMPILE": "0", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    contenders = {"float": Local(partial(functional.linear, x, dense, bias), device)}
+    told: dict[str, dict] = {"float": {"side": "float", "mode": "float"}}
+    modes = [mode for mode in form.modes if not wanted.modes or mode in wanted.modes]
+    absent = []
+    made: dict[str, Ours] = {}
+    for mode in modes:
+        for side, backend in (("ours", "auto"), ("eager", "reference"), ("no triton", NO_TRITON)):
+            if side not in wanted.sides:
+                continue
+            key = f"{side} {mode}"
+            try:
+                one = ours(mode, backend)
+            except AbsentError as error:
+                absent.append(base | {"side": side, "mode": mode, "absent": str(error)})
+                continue
+            same = next((k for k, o in made.items() if (o.mode, _by(o)) == (mode, _by(one))), None)
+            if same is not None:
+                absent.append(base | {"side": side, "mode": mode, "same_as": told[same]["side"]})
+                continue
+            made[key] = one
+            told[key] = {"side": side, "mode": mode, "kernel": one.kernel}
+            contenders[key] = Local(one.call, device)
+    if "ours" in wanted.sides and "dequantize" in modes:
+        function = _unpack(dispatch, weight.spec, place, dtype)
+        told["unpack"] = {"side": "ours", "mode": "unpack", "kernel": function[1]}
+        contenders["unpack"] = Local(
+            partial(function[0], weight.tensors, weight.spec, dtype), device
         )
-
-    def __call__(self, name: str, rows: int, dtype: str) -> list[float]:
-        self.process.stdin.write(json.dumps([name, rows, dtype]) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith('{"seconds"'):
-                return json.loads(line)["seconds"]
-        raise SystemExit(f"the oracle's process ended with status {self.process.wait()}")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-# --------------------------------------------------------------------------------- our own side
-
-
-def measure(device: str, rounds: int) -> list[dict]:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support import pack
-
-    composite = pack("loaders.layouts.composite")
-    dispatch = pack("loaders.layouts.dispatch")
-    quantize = pack("quant.weight").quantize
-
-    theirs = Worker(device, torch.get_num_threads())
-    weight = float_weight("cpu")
-    results = []
-    for name, case in CASES.items():
-        quantized = quantize(weight.clone(), case.format, **case.ours)
-        for dtype in DTYPES:
-            held = composite.build([(name, quantized, case.matmul)], DTYPES[dtype])
-            buffer, spec = held._qdata.to(device), held._params.spec
-            place = torch.device(device)
-            kernels = dispatch.kernels_of(spec, case.matmul, "auto", place, DTYPES[dtype])
-            dense = weight.to(device, DTYPES[dtype])
-            bias = torch.zeros(WIDTH, device=device, dtype=DTYPES[dtype])
-            for rows in ROWS[device]:
-                x = activations(rows, dtype, device)
-                calls = {
-                    "float": partial(functional.linear, x, dense, bias),
-                    "dequantize": partial(composite.dequantize, buffer, spec, DTYPES[dtype]),
-                    "ours": partial(dispatch.linear, x, buffer, spec, bias, kernels),
-                }
-                seconds = {column: [] for column in (*calls, "sdnq")}
-                for _ in range(rounds):
-                    for column, call in calls.items():
-                        seconds[column] += timed(call, device)
-                    seconds["sdnq"] += theirs(name, rows, dtype)
-                row = {"format": name, "dtype": dtype, "rows": rows}
-                row |= {column: spread(values) for column, values in seconds.items()}
-                row["ours_over_float"] = row["ours"]["median"] / row["float"]["median"]
-                row["sdnq_over_ours"] = row["sdnq"]["median"] / row["ours"]["median"]
-                results.append(row)
-                show(row)
-    theirs.close()
-    return results
+    if "peers" in wanted.sides:
+        for mode in modes:
+            for peer, settings in form.peers.get(mode, ()):
+                row = {"side": peer, "mode": mode, "settings": settings}
+                try:
+                    contenders[f"{peer} {mode}"] = peers.contender(
+                        peer, settings, (m, n, k), wanted.dtype
+                    )
+                except AbsentError as error:
+                    absent.append(base | row | {"absent": str(error)})
+                    continue
+                told[f"{peer} {mode}"] = row
+    timed = compete(contenders, wanted.rounds, "float")
+    rows = []
+    checks = _Checks(x, weight, bias, dtype)
+    for key, numbers in timed.items():
+        row = base | told[key]
+        if "failed" in numbers:
+            rows.append(row | {"absent": numbers["failed"]})
+            continue
+        row |= numbers
+        row |= _shares(row, stored, dtype.itemsize, wanted.limits)
+        if key == "float":
+            row |= {"error": distance(functional.linear(checks.rows, dense, bias), checks.exact)}
+        elif key in made:
+            row |= checks.of(made[key], ours)
+            row |= {"peak_bytes": peak_bytes(made[key].call)}
+        rows.append(row)
+    return rows + absent
 
 
-def show(row: dict) -> None:
-    times = "".join(
-        f"{row[column]['median'] * 1e3:11.2f}" for column in ("float", "dequantize", "ours", "sdnq")
-    )
-    print(
-        f"{row['format']:15}{row['dtype']:6}{row['rows']:5}{times}"
-        f"{row['ours_over_float']:12.2f}{row['sdnq_over_ours']:11.2f}",
-        flush=True,
-    )
+NO_TRITON = "comfy_kitchen"
+"""Forced, it falls back to the eager reference, never to Triton."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of one Linear in each format.")
-    parser.add_argument("--device", choices=tuple(ROWS), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=cores(), help="of torch; default: all cores")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.worker:
-        return worker(options.device)
-    print(f"milliseconds, medians; a weight of {WIDTH} x {WIDTH}")
-    heads = ("float", "dequantize", "ours", "sdnq")
-    print(
-        f"{'format':15}{'dtype':6}{'rows':>5}"
-        + "".join(f"{head:>11}" for head in heads)
-        + f"{'ours/float':>12}{'sdnq/ours':>11}"
-    )
-    results = measure(options.device, options.rounds)
-    settings = {"threads": options.threads, "rounds": options.rounds, "calls": CALLS}
-    write_results("layers", facts(options.device) | settings | {"layers": results})
-    return None
+def _by(ours: Ours) -> str:
+    return ours.kernel.split(";")[0]
 
 
-if __name__ == "__main__":
-    main()
+def _unpack(dispatch, spec, place: torch.device, dtype: torch.dtype):
+    decision = dispatch.decide(spec, None, "dequantize", "auto", place, dtype)
+    choice = decision.choice
+    if decision.mode == "weight-only":
+        registry = dispatch.registry
+        choice = registry.choose("dequantize", dispatch.call_of(spec, place, dtype), "auto")
+    return choice.implementation.function(), choice.describe()
+
+
+def _shares(row: dict, stored: int, itemsize: int, limits: dict[str, float]) -> dict:
+    """Bytes that must move, products, and their shares of what the device was measured at."""
+    m, n, k, seconds = row["m"], row["n"], row["k"], row["us"] / 1e6
+    dense = n * k * itemsize
+    if row["mode"] == "unpack":
+        moved, flops = stored + dense, 0
+    else:
+        moved = (dense if row["mode"] == "float" else stored) + (m * k + n + m * n) * itemsize
+        flops = 2 * m * n * k
+    found = {"bytes": moved, "gb_s": moved / seconds / 1e9, "tflop_s": flops / seconds / 1e12}
+    if "copy" in limits:
+        found["copy"] = found["gb_s"] / limits["copy"]
+    limit = LIMIT_OF.get(row["mode"], "fp32" if row["dtype"] == "fp32" else "bf16")
+    if flops and limit in limits:
+        found["compute"] = found["tflop_s"] / limits[limit]
+    return found
+
+
+class _Checks:
+    """Results on a few rows against float64 and against the eager definition."""
+
+    def __init__(self, x: torch.Tensor, weight, bias: torch.Tensor, dtype: torch.dtype) -> None:
+        noise = torch.Generator(x.device).manual_seed(2)
+        shape = (CHECKED_ROWS, x.shape[1])
+        self.rows = torch.randn(shape, generator=noise, device=x.device).to(dtype)
+        if x.shape[0] < 32:
+            self.rows = self.rows[: x.shape[0]]
+        self.exact = torch.cat(
+            [
+                self.rows.double() @ part.double().t()
+                for part in weight.dequantize(torch.float32).split(2048)
+            ],
+            dim=1,
+        )
+        self.exact += bias.double()
+
+    def of(self, one: Ours, ours: Callable[[str, str], Ours]) -> dict:
+        """Errors of one of our kernels."""
+        eager = ours(one.mode, "reference").product(self.rows)
+        return compared(one.product(self.rows), eager, self.exact, one.mode)
+
+
+def distance(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative, in norm; NaN stays NaN."""
+    return float((y.double() - exact.double()).norm() / exact.double().norm())
+
+
+def compared(y: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, mode: str) -> dict:
+    """``error``, ``differs`` and, where it is, ``wrong`` of a result.
+
+    Args:
+        y: The result.
+        eager: By the definition.
+        exact: With the exact weight and activations, float64.
+        mode: The loader's matmul.
+    """
+    error, differs = distance(y, exact), distance(y, eager)
+    right = differs <= WRONG[mode] or error <= SLACK * distance(eager, exact)
+    told = {"error": error, "differs": differs}
+    return told if right and y.dtype == eager.dtype else told | {"wrong": True}

@@ -1,7 +1,7 @@
 """Memory and time of loading a 2 GB checkpoint: this pack in ComfyUI against the sdnq package.
 
 ``python scripts/host.py run -- python benchmarks/load.py [--rounds N] [NAME ...]`` prints a table
-and writes ``benchmarks/results/<device>-<cores>core-load.json``. Checkpoints are made once, by
+and writes ``benchmarks/results/<device>/load.json``. Checkpoints are made once, by
 ``make_checkpoint.py``, in the cache folder.
 
 Every load runs in a fresh process with the files in the page cache, contenders in turn. Anonymous
