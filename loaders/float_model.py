@@ -16,6 +16,7 @@ import torch
 
 from ..quant.errors import LowBitError
 from ..quant.weight import QuantizedWeight
+from .core_floats import core_layers
 from .families.base import Move, Piece
 from .header import DTYPES
 from .layouts import composite
@@ -50,13 +51,18 @@ class FileFloats:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.path = plan.path
-        self._moves = {move.native: move for move in plan.moves}
-        self._extras = plan.family.extras(set(plan.entries), plan.config)
+        self._entries, self._core = core_layers(plan.source, plan.entries)
+        moves = plan.moves
+        if self._core:
+            keys = set(self._entries)
+            moves = plan.family.moves(keys, plan.config, lambda key: self._entries[key].shape or ())
+        self._moves = {move.native: move for move in moves}
+        self._extras = plan.family.extras(set(self._entries), plan.config)
         self._last: tuple[str, torch.Tensor] | None = None
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        entries = self.plan.entries
+        entries = self._entries
         told = {
             native: shape_of(move, {p.key: entries[p.key].shape for p in move.pieces})
             for native, move in self._moves.items()
@@ -72,7 +78,7 @@ class FileFloats:
         return told | {key: tensor.dtype for key, tensor in self._extras.items()}
 
     def _dtype(self, key: str) -> torch.dtype:
-        entry = self.plan.entries[key]
+        entry = self._entries[key]
         return torch.float32 if entry.parts else getattr(torch, DTYPES[entry.dtype][1])
 
     @cached_property
@@ -80,7 +86,7 @@ class FileFloats:
         return frozenset(
             native
             for native, move in self._moves.items()
-            if any(self.plan.entries[piece.key].parts for piece in move.pieces)
+            if any(self._entries[p.key].parts or p.key in self._core for p in move.pieces)
         )
 
     def read(self, key: str) -> torch.Tensor:
@@ -102,7 +108,9 @@ class FileFloats:
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         self._last = None
-        value = self.plan.entries[key].read()
+        value = self._entries[key].read()
+        # Files are mapped anew for the next tensor, so that pages that were read do not add up.
+        self.plan.source.close()
         if isinstance(value, CompositeWeight):
             value = composite.dequantize(value.held, value.spec, torch.float32)
         elif isinstance(value, QuantizedWeight):

@@ -30,7 +30,7 @@ from .provenance import Hashing, provenance
 from .store import TensorFile, TensorFolder, check_room
 from .writers.base import Container, Layer, Model, Part
 
-__all__ = ["Job", "Progress", "Step", "Work", "prepare", "write_report"]
+__all__ = ["Job", "Progress", "Step", "Work", "layer_kind", "prepare", "write_report"]
 
 WEIGHT, BIAS = ".weight", ".bias"
 REPORT = ".report.json"
@@ -300,6 +300,8 @@ def prepare(
     shapes = source.shapes
     if facts is None:
         _, facts = facts_of([key.removesuffix(WEIGHT) for key in shapes if key.endswith(WEIGHT)])
+    if container.half and dtype.itemsize > 2:
+        dtype = torch.bfloat16
     # Plans have their pipeline's scheduler in the config.
     config = {key: value for key, value in (config or {}).items() if key != "scheduler"}
     moves, family, class_name, left = _named(shapes, container.style)
@@ -380,7 +382,7 @@ def _decided(
     native = step.native[0]
     if native in stuck:
         return replace(step, kept=stuck[native])
-    kind = kinds.get(native) or _kind(native, step.shape)
+    kind = kinds.get(native) or layer_kind(native, step.shape)
     (first, *_) = step.move.pieces
     whole = step.shape if first.columns is None else shapes[first.key]
     found = recipe.decide(native, whole, kind, facts)
@@ -406,7 +408,8 @@ def _decided(
     return replace(step, decided=((0, columns, fits[0]),))
 
 
-def _kind(module: str, shape: tuple[int, ...]) -> str:
+def layer_kind(module: str, shape: tuple[int, ...]) -> str:
+    """What a layer is, as far as its name and shape tell: "linear", "conv" or "embedding"."""
     if len(shape) > 2:
         return "conv"
     return "embedding" if _TABLE.search(module) else "linear"

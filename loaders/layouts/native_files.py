@@ -22,16 +22,19 @@ are not to be rounded. ComfyUI reads them in Linear layers alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
+import comfy_kitchen.tensor as kitchen
 import torch
 from comfy_kitchen.float_utils import to_blocked
 from torch.nn.functional import pad
 
 from ...kernels.spec import WeightSpec
+from ...quant.errors import LowBitError
 from ...quant.weight import QuantizedWeight
 
-__all__ = ["core_format", "core_tensors"]
+__all__ = ["CORE_FORMATS", "core_dequantize", "core_format", "core_tensors"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
@@ -67,7 +70,7 @@ def core_tensors(
     weight: QuantizedWeight,
     *,
     rounded: bool = True,
-    formats: Collection[str] | None = None,
+    formats: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, torch.Tensor] | None:
     """``{suffix: tensor}`` of a layer for the host's own loader; None where it has no such format.
 
@@ -77,7 +80,8 @@ def core_tensors(
         weight: In normal form.
         rounded: Whether activations may be rounded to int8, which the spec does not tell and
             ComfyUI always does for ``int8_tensorwise``.
-        formats: Those that may be used; None for all.
+        formats: Those that may be used, each with the tensors that it may have beside the weight;
+            None for all.
     """
     spec, tensors = weight.spec, weight.tensors
     if "scale" not in tensors:
@@ -85,7 +89,11 @@ def core_tensors(
     name = core_format(spec, tensors["scale"].numel())
     if name is None or (name == "mxfp8" and tensors["scale"].dtype != torch.float8_e8m0fnu):
         return None
-    if (formats is not None and name not in formats) or (name == "int8_tensorwise" and not rounded):
+    if name == "int8_tensorwise" and not rounded:
+        return None
+    if formats is not None and (
+        name not in formats or (spec.smoothing and "pre_quant_scale" not in formats[name])
+    ):
         return None
     made = _MAKERS[name](tensors, spec)
     if spec.activation is not None and spec.activation.static:
@@ -145,3 +153,83 @@ _MAKERS = {
     "mxfp8": _mxfp8,
     "int8_tensorwise": _int8,
 }
+
+
+# ----------------------------------------------------------------------------------- reading them
+
+
+class CoreFormat(NamedTuple):
+    """One of ComfyUI's formats as a file has it.
+
+    layout: comfy-kitchen's class. stored: Dtype of the codes. per_byte: Codes in one element of
+    ``weight``. scales: ``{field of Params: (suffix, dtype that its bytes are read as)}``.
+    """
+
+    layout: str
+    stored: torch.dtype
+    per_byte: int
+    scales: Mapping[str, tuple[str, torch.dtype | None]]
+
+
+_ONE_SCALE = {"scale": ("weight_scale", None)}
+CORE_FORMATS: dict[str, CoreFormat] = {
+    "float8_e4m3fn": CoreFormat("TensorCoreFP8Layout", torch.float8_e4m3fn, 1, _ONE_SCALE),
+    "float8_e5m2": CoreFormat("TensorCoreFP8Layout", torch.float8_e5m2, 1, _ONE_SCALE),
+    "nvfp4": CoreFormat(
+        "TensorCoreNVFP4Layout",
+        torch.uint8,
+        2,
+        {
+            "scale": ("weight_scale_2", None),
+            "block_scale": ("weight_scale", torch.float8_e4m3fn),
+        },
+    ),
+    "mxfp8": CoreFormat(
+        "TensorCoreMXFP8Layout",
+        torch.float8_e4m3fn,
+        1,
+        {"scale": ("weight_scale", torch.float8_e8m0fnu)},
+    ),
+    "int8_tensorwise": CoreFormat("TensorWiseINT8Layout", torch.int8, 1, _ONE_SCALE),
+    "convrot_w4a4": CoreFormat("TensorCoreConvRotW4A4Layout", torch.int8, 2, _ONE_SCALE),
+}
+"""By the names that markers have."""
+
+
+def core_dequantize(
+    told: Mapping[str, object], tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """The float32 weight of a layer in one of ComfyUI's formats, as ComfyUI dequantizes it.
+
+    Args:
+        told: The layer's marker.
+        tensors: ``{suffix: tensor}``.
+        shape: Of the weight; rows and columns behind it are padding.
+
+    Raises:
+        LowBitError: A scale is missing.
+    """
+    found = CORE_FORMATS[told["format"]]
+    fields: dict[str, object] = {}
+    for field, (suffix, dtype) in found.scales.items():
+        if suffix not in tensors:
+            raise LowBitError(
+                "A layer in one of ComfyUI's formats lacks a scale.",
+                found=", ".join(tensors),
+                expected=suffix,
+                remedy="Get the model from its origin again: this copy lost a tensor.",
+            )
+        scale = tensors[suffix]
+        fields[field] = scale if dtype is None else scale.view(dtype)
+    more = told.get("params")
+    more = {**(more if isinstance(more, dict) else {}), **told}
+    if told["format"] == "convrot_w4a4" or more.get("convrot"):
+        fields["convrot_groupsize"] = int(more.get("convrot_groupsize", 256))
+    if more.get("convrot") and told["format"] == "int8_tensorwise":
+        fields["convrot"] = True
+    layout = getattr(kitchen, found.layout)
+    params = layout.Params(**fields, orig_dtype=torch.float32, orig_shape=shape)
+    codes = tensors["weight"].to(found.stored)
+    weight = kitchen.QuantizedTensor(codes, found.layout, params).dequantize()
+    smooth = tensors.get("pre_quant_scale")
+    return weight if smooth is None else weight * smooth.float()

@@ -6,7 +6,7 @@ ComfyUI. Every other one is stored as this pack's MODELs are saved (:mod:`..sche
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -21,14 +21,15 @@ class Comfy(Container):
     """ComfyUI's names in one file.
 
     Args:
-        formats: Which of ComfyUI's formats to use; None for all.
+        formats: Which of ComfyUI's formats to use, and what they may have beside the weight; None
+            for all.
     """
 
     name = "comfy"
     display = "ComfyUI, one file"
     style = "native"
 
-    def __init__(self, formats: Collection[str] | None = None) -> None:
+    def __init__(self, formats: Mapping[str, Collection[str]] | None = None) -> None:
         self._formats = formats
 
     def tensors(self, layer: Layer, model: Model) -> dict[str, torch.Tensor]:

@@ -92,8 +92,12 @@ def test_queued_workflow_to_saved_image(server, made, case):
     assert away(latent_of(done), latent_of(wanted)) < 1e-4
     assert (image_of(done) - image_of(wanted)).abs().max() <= 1
     automatic = server.run(flux_prompt(ours(case), prefix=f"auto-{case}"))
-    if not torch.accelerator.is_available():  # nothing there is faster than dequantizing
-        assert away(latent_of(automatic), latent_of(done)) == 0
+    if not torch.accelerator.is_available():
+        # Nothing there is faster than dequantizing but int8, on processors that sum it exactly.
+        known = [done]
+        if case == "w8a8_sq":
+            known.append(server.run(flux_prompt(ours(case, matmul="int8"), prefix=f"int8-{case}")))
+        assert min(away(latent_of(automatic), latent_of(one)) for one in known) == 0
     assert "Traceback" not in server.log()[begin:]
 
 

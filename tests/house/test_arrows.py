@@ -33,9 +33,10 @@ MAY_USE = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
     "safetensors": ("loaders/*", "cli.py"),
-    "PIL": ("nodes/*",),
+    "PIL": ("loaders/charts.py",),
     "psutil": ("loaders/host/*",),
     "comfy_kitchen": ("loaders/layouts/*", "loaders/host/*", "kernels/kitchen.py"),
+    "comfy_aimdo": ("loaders/host/*",),
     "triton": ("kernels/*",),
     "nunchaku": ("kernels/nunchaku.py",),
 }
